@@ -8,7 +8,7 @@ DEMO   := demo
 READY  := $(VENV)/.ready
 NATIVE_SOURCES := CMakeLists.txt $(wildcard billm_rt/cpu/src/*.c billm_rt/cpu/src/*.h)
 
-.PHONY: demo test quick check format clean
+.PHONY: demo test quick lint check format clean
 
 $(READY): pyproject.toml $(NATIVE_SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -40,12 +40,13 @@ test: $(READY)
 quick: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow"
 
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q -m "not slow"
+
+check: lint quick
 
 format: $(READY)
 	$(BIN)/ruff format .
