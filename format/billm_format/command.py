@@ -15,7 +15,6 @@ from typing import Any
 from billm_format.errors import EXIT_DOES_NOT_FIT, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, BillmError
 
 
-
 def add_common_options(parser: argparse.ArgumentParser, *, json_output: bool = True) -> None:
     """Add the options that mean the same in every command: --json, --quiet, --debug, --version."""
     from importlib.metadata import PackageNotFoundError, version

@@ -4,6 +4,7 @@ The families differ only in the fields of `ModelConfig`; no reader of a file nee
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -19,7 +20,7 @@ MAX_LAYERS = 1 << 12
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything a decoder needs besides its tensors. Sizes are element counts; names are Hugging Face's where it has one.
+    """Everything a decoder needs besides its tensors. Sizes are element counts; names are Hugging Face's.
 
     A decoder layer is `x + attention(norm(x))`, then `x + mlp(norm(x))` when `norm_position` is "pre", and
     `norm(x + attention(x))`, then `norm(x + mlp(x))` when it is "post" (OPT-350M).
@@ -70,10 +71,10 @@ class ModelConfig:
         _in_range("position_offset", self.position_offset, 0, MAX_SIZE)
         if self.sliding_window is not None:
             _in_range("sliding_window", self.sliding_window, 1, MAX_SIZE)
-        for name in ("norm_eps", "rope_scale"):
+        for name, most in [("norm_eps", 1.0), ("rope_scale", 1e3)]:
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"config field {name}: wanted a positive number, found {value!r}")
+            if not (math.isfinite(value) and 0 < value <= most):  # anything larger overflows in float32
+                raise ValueError(f"config field {name}: wanted a positive number up to {most:g}, found {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config field num_key_value_heads: {self.num_key_value_heads} does not divide "
@@ -142,6 +143,17 @@ class Quantization:
                 raise ValueError(f"quantization, {where}: wanted one of {BLOCK_SIZES}, found {block!r}")
         if self.embedding_bits not in (8, 16):
             raise ValueError(f"quantization, embedding_bits: wanted 8 or 16, found {self.embedding_bits!r}")
+        if len(self._with_col_scale) != len(self.col_scales):
+            raise ValueError("quantization, col_scales: wanted every Linear once, found one twice")
+
+    # A set, not the tuple: a file may name tens of thousands of Linears, and each is looked up.
+    @functools.cached_property
+    def _with_col_scale(self) -> frozenset[str]:
+        return frozenset(self.col_scales)
+
+    def has_col_scale(self, linear: str) -> bool:
+        """Whether the Linear with this full name carries a col_scale."""
+        return linear in self._with_col_scale
 
     def block_of(self, linear: str) -> int:
         """Return the block size of the Linear with this full name."""

@@ -127,7 +127,7 @@ def layer_tensors(config: ModelConfig, quantization: Quantization, layer: int) -
     for linear, (rows, cols, bias) in config.linears().items():
         name = f"{prefix}.{linear}"
         block = quantization.block_of(name)
-        yield from linear_tensors(name, rows, cols, block, bias=bias, col_scale=name in quantization.col_scales)
+        yield from linear_tensors(name, rows, cols, block, bias=bias, col_scale=quantization.has_col_scale(name))
 
 
 def all_tensors(config: ModelConfig, quantization: Quantization) -> Iterator[TensorSpec]:
@@ -135,3 +135,23 @@ def all_tensors(config: ModelConfig, quantization: Quantization) -> Iterator[Ten
     yield from global_tensors(config, quantization)
     for layer in range(config.num_hidden_layers):
         yield from layer_tensors(config, quantization, layer)
+
+
+def linear_names(config: ModelConfig) -> Iterator[str]:
+    """Yield the full name ("layers.0.q_proj") of every binarized Linear, in file order."""
+    for layer in range(config.num_hidden_layers):
+        for linear in config.linears():
+            yield f"layers.{layer}.{linear}"
+
+
+def check_linear_names(config: ModelConfig, quantization: Quantization) -> None:
+    """Raise ValueError unless every Linear that `quantization` names is one of the model's."""
+    linears = config.linears()
+    for field, names in [("overrides", quantization.overrides), ("col_scales", quantization.col_scales)]:
+        for name in names:
+            layers, _, rest = name.partition(".")
+            layer, _, linear = rest.partition(".")
+            known = layers == "layers" and linear in linears and layer.isascii() and layer.isdigit()
+            # A thousand digits are no layer; a leading zero would be a second name for the same one.
+            if not (known and len(layer) < 8 and int(layer) < config.num_hidden_layers and str(int(layer)) == layer):
+                raise ValueError(f"quantization, {field}: wanted names of this model's Linears, found {name!r:.60}")
