@@ -5,8 +5,10 @@ are bounded by the bytes that it was given, never by a number that they state.
 """
 
 import hashlib
+import itertools
 import json
 import math
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -93,7 +95,7 @@ def parse_header(raw: bytes, file_bytes: int) -> Header:
     extents = _extents(entries, data_start, file_bytes)
     config, quantization, tokenizer_info = _records(metadata, version)
     tensors = _match_layout(extents, all_tensors(config, quantization), newer=version > FORMAT_VERSION)
-    conversion = _json_object(_required(metadata, "conversion"), "metadata conversion")
+    conversion = _record(metadata, "conversion")
     checksums = _checksums(metadata, tensors)
     return Header(data_start, version, config, quantization, tokenizer_info, conversion, checksums, tensors)
 
@@ -123,7 +125,6 @@ def _json_object(text: bytes | str, field: str) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}")
-        _check_values(value, MAX_DEPTH)
     except RecursionError:
         raise defect(field, "a JSON object", "one nested too deeply") from None
     except ValueError as error:  # also JSONDecodeError and UnicodeError
@@ -134,8 +135,8 @@ def _json_object(text: bytes | str, field: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        keys = sorted(key for key, _ in pairs)
+        twice = next(key for key, following in itertools.pairwise(keys) if key == following)
         raise ValueError(f"key {twice!r:.80} twice")
     return record
 
@@ -151,19 +152,27 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _check_values(value: object, depth: int) -> None:
-    """Refuse what could not be printed again: deep nesting and text that is not Unicode (lone surrogates)."""
+def _record(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """Parse one of the records in the metadata, and refuse what could not be printed again."""
+    field = f"metadata {key}"
+    value = _json_object(_required(metadata, key), field)
+    try:
+        _check_printable(value, MAX_DEPTH)
+    except UnicodeEncodeError:
+        raise defect(field, "Unicode text", "a lone surrogate") from None
+    return value
+
+
+def _check_printable(value: object, depth: int) -> None:
     if isinstance(value, str):
-        if not value.isascii():
-            value.encode("utf-8")
+        value.encode("utf-8")
     elif isinstance(value, dict | list):
         if not depth:
-            raise ValueError(f"more than {MAX_DEPTH} levels")
-        for item in value.items() if isinstance(value, dict) else value:
-            if isinstance(item, tuple):
-                _check_values(item[0], depth - 1)
-                item = item[1]
-            _check_values(item, depth - 1)
+            raise defect("metadata", f"records of up to {MAX_DEPTH} levels", "deeper ones")
+        for item in value:  # of a dict: its keys
+            _check_printable(item, depth - 1)
+            if isinstance(value, dict):
+                _check_printable(value[item], depth - 1)
 
 
 def printable(text: str, limit: int = 120) -> str:
@@ -186,7 +195,7 @@ def _metadata(entries: dict[str, Any], *, hashed: bool) -> dict[str, str]:
     return metadata
 
 
-def _required(metadata: dict[str, str], key: str) -> str:
+def _required(metadata: Mapping[str, str], key: str) -> str:
     if key not in metadata:
         raise defect(f"metadata {key}", "it to be there", "nothing")
     return metadata[key]
@@ -205,21 +214,18 @@ def _version(metadata: dict[str, str]) -> tuple[int, int]:
 
 
 def _records(metadata: dict[str, str], version: tuple[int, int]) -> tuple[ModelConfig, Quantization, TokenizerInfo]:
-    objects = {key: _json_object(_required(metadata, key), f"metadata {key}") for key in _RECORDS}
+    objects = [_record(metadata, key) for key in ("config", "quantization", "tokenizer")]
     try:
-        config = ModelConfig.from_json(objects["config"])
-        quantization = Quantization.from_json(objects["quantization"])
+        config = ModelConfig.from_json(objects[0])
+        quantization = Quantization.from_json(objects[1])
         check_linear_names(config, quantization)
-        return config, quantization, TokenizerInfo.from_json(objects["tokenizer"])
+        return config, quantization, TokenizerInfo.from_json(objects[2])
     except ValueError as error:
         advice = DAMAGED
         if version > FORMAT_VERSION:
             known = ".".join(map(str, FORMAT_VERSION))
             advice = f"the file is of version {version[0]}.{version[1]}, this reader of {known}: update billm-rt"
         raise CorruptFileError(f"metadata {printable(str(error), 300)}; {advice}") from None
-
-
-_RECORDS = ("config", "quantization", "tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +240,7 @@ def _extents(entries: dict[str, Any], data_start: int, file_bytes: int) -> dict[
     """Check form, sizes and places of all tensors: one after the other, from the header's end to the file's."""
     extents = {}
     place = 0
-    for name, begin, end, dtype, shape in sorted(_entries(entries), key=lambda entry: entry[1:3]):
+    for name, begin, end, dtype, shape in sorted(_entries(entries), key=operator.itemgetter(1, 2)):
         if begin != place:
             where = "overlapping the tensor before it" if begin < place else "leaving a gap"
             raise defect(f"tensor {name!r:.80}, data_offsets", f"a start at {place}", f"{begin}, {where}")
@@ -256,6 +262,8 @@ def _entries(entries: dict[str, Any]) -> Iterator[tuple[str, int, int, str, tupl
     """Yield (name, begin, end, dtype, shape) of every tensor, with types and bounds checked."""
     for name, entry in entries.items():
         field = f"tensor {name!r:.80}"
+        if not name.isascii() or not name.isprintable():
+            raise defect(field, "a name of printable ASCII characters", "another one")
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise defect(field, "an object with dtype, shape and data_offsets", f"{entry!r:.80}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -269,7 +277,12 @@ def _entries(entries: dict[str, Any]) -> Iterator[tuple[str, int, int, str, tupl
 
 
 def _integers(value: object, least: int) -> bool:
-    return isinstance(value, list) and all(type(item) is int and least <= item < 1 << 62 for item in value)
+    if not isinstance(value, list):
+        return False
+    for item in value:  # noqa: SIM110 - a plain loop: this runs twice per tensor, and opening must be quick
+        if type(item) is not int or not least <= item < 1 << 62:
+            return False
+    return True
 
 
 def _match_layout(extents: dict[str, _Extent], layout: Iterator[TensorSpec], *, newer: bool) -> dict[str, TensorInfo]:
@@ -291,7 +304,7 @@ def _match_layout(extents: dict[str, _Extent], layout: Iterator[TensorSpec], *, 
             )
         tensors[spec.name] = _info(spec.name, found, spec.kind)
     for name, found in left.items():
-        if name.startswith(PAD_PREFIX):
+        if _PAD.fullmatch(name):
             if found.dtype != "U8" or len(found.shape) != 1 or not 0 < found.nbytes < ALIGNMENT:
                 raise defect(
                     f"tensor {name!r:.80}", f"U8 [1 to {ALIGNMENT - 1}]", f"{found.dtype} {_shape(found.shape)}"
@@ -302,6 +315,9 @@ def _match_layout(extents: dict[str, _Extent], layout: Iterator[TensorSpec], *, 
         else:
             raise defect(f"tensor {name!r:.80}", "no such tensor for this config", "one")
     return dict(sorted(tensors.items(), key=lambda item: item[1].offset))
+
+
+_PAD = re.compile(re.escape(PAD_PREFIX) + r"[0-9]{1,9}", re.ASCII)
 
 
 def _same_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

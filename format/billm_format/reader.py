@@ -29,7 +29,12 @@ from billm_format.layout import CHAT_TEMPLATE, KINDS, LINEAR_KINDS, TOKENIZER, l
 from billm_format.packing import PackedLinear, unpack_bits
 
 # Little-endian by name: the bytes on disk never depend on the machine.
-NUMPY_DTYPES = {"U8": np.dtype("u1"), "I8": np.dtype("i1"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+}
 
 _CHUNK = 1 << 22  # bytes hashed between two calls of `progress`
 

@@ -158,7 +158,7 @@ def _data(spec: TensorSpec, source: Source) -> bytes | memoryview:
         raise ValueError(
             f"tensor {spec.name}: wanted {spec.dtype} {list(spec.shape)}, found {array.dtype} {list(array.shape)}"
         )
-    return memoryview(np.ascontiguousarray(array, wanted).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array, wanted).reshape(-1).view(np.uint8).data
 
 
 @contextlib.contextmanager
