@@ -1,0 +1,163 @@
+"""The full-precision decoder in torch, one block at a time: what calibration runs.
+
+Functional on purpose: weights come in as a dict under the format's names and leave when the block is done.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
+
+from billm_format.config import ModelConfig
+
+# Called with the name of a group of Linears that read the same input, and that input [tokens, cols].
+Capture = Callable[[str, Tensor], None]
+KeyValues = tuple[Tensor, Tensor]  # keys and values, each [batch, kv heads, positions, head_dim]
+
+
+def input_groups(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Return capture name -> the Linears that read this input, in file order."""
+    mlp = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
+    return {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "mlp": mlp, "down": ("down_proj",)}
+
+
+class Rotary:
+    """cos and sin of the rotary positions 0..length-1."""
+
+    def __init__(self, inv_freq: Tensor, scale: float, length: int) -> None:
+        """Tabulate from the frequencies float32 [head_dim / 2]."""
+        angles = torch.arange(length, dtype=torch.float32, device=inv_freq.device)[:, None] * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        self._cos, self._sin = angles.cos() * scale, angles.sin() * scale
+
+    def __call__(self, x: Tensor, past: int) -> Tensor:
+        """Rotate x [batch, heads, tokens, head_dim] whose first token stands at position `past`."""
+        half = x.shape[-1] // 2
+        rows = slice(past, past + x.shape[-2])
+        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return x * self._cos[rows] + turned * self._sin[rows]
+
+
+class DecoderBlock:
+    """One decoder layer with its weights: float32 tensors named "q_proj.weight", "attn_norm.weight", ..."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], rotary: Rotary | None) -> None:
+        """Keep references; `weights` may be changed between calls."""
+        self._config = config
+        self.weights = weights
+        self._rotary = rotary
+
+    def forward(
+        self, x: Tensor, past: KeyValues | None = None, capture: Capture | None = None
+    ) -> tuple[Tensor, KeyValues]:
+        """Run x [batch, tokens, hidden] and return the output, same shape, and all keys and values so far."""
+        attended, key_values = self._attention(self._pre_norm("attn_norm", x), past, capture)
+        x = self._post_norm("attn_norm", x + attended)
+        x = x + self._linear("down_proj", self._mlp_inner(self._pre_norm("mlp_norm", x), capture))
+        return self._post_norm("mlp_norm", x), key_values
+
+    def observe(self, x: Tensor, capture: Capture) -> None:
+        """Show `capture` every Linear's input for x [batch, tokens, hidden]; the block's own output is not computed."""
+        attended, _ = self._attention(self._pre_norm("attn_norm", x), None, capture)
+        x = self._post_norm("attn_norm", x + attended)
+        self._mlp_inner(self._pre_norm("mlp_norm", x), capture)
+
+    def _attention(self, x: Tensor, past: KeyValues | None, capture: Capture | None) -> tuple[Tensor, KeyValues]:
+        config = self._config
+        if capture:
+            capture("qkv", x.flatten(0, 1))
+        batch, tokens, _ = x.shape
+        query = self._heads("q_proj", x, config.num_attention_heads)
+        key = self._heads("k_proj", x, config.num_key_value_heads)
+        value = self._heads("v_proj", x, config.num_key_value_heads)
+        if config.qk_norm:
+            query = F.rms_norm(query, (config.head_dim,), self.weights["q_norm.weight"], config.norm_eps)
+            key = F.rms_norm(key, (config.head_dim,), self.weights["k_norm.weight"], config.norm_eps)
+        start = 0 if past is None else past[0].shape[2]
+        if self._rotary is not None:
+            query, key = self._rotary(query, start), self._rotary(key, start)
+        if past is not None:
+            key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
+        mixed = _attend(query, key, value, start, config.sliding_window)
+        mixed = mixed.transpose(1, 2).reshape(batch, tokens, config.query_size)
+        if capture:
+            capture("o", mixed.flatten(0, 1))
+        return self._linear("o_proj", mixed), (key, value)
+
+    def _mlp_inner(self, x: Tensor, capture: Capture | None) -> Tensor:
+        if capture:
+            capture("mlp", x.flatten(0, 1))
+        if self._config.gated_mlp:
+            inner = activate(self._linear("gate_proj", x), self._config.activation).mul_(self._linear("up_proj", x))
+        else:
+            inner = activate(self._linear("up_proj", x), self._config.activation)
+        if capture:
+            capture("down", inner.flatten(0, 1))
+        return inner
+
+    def _heads(self, name: str, x: Tensor, heads: int) -> Tensor:
+        return self._linear(name, x).unflatten(-1, (heads, self._config.head_dim)).transpose(1, 2)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def _pre_norm(self, name: str, x: Tensor) -> Tensor:
+        return normalize(self._config, self.weights, name, x) if self._config.norm_position == "pre" else x
+
+    def _post_norm(self, name: str, x: Tensor) -> Tensor:
+        return normalize(self._config, self.weights, name, x) if self._config.norm_position == "post" else x
+
+
+def normalize(config: ModelConfig, weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Apply the model's kind of norm with the weights `name`.weight and, for LayerNorm, `name`.bias."""
+    weight = weights[f"{name}.weight"]
+    if config.norm == "layernorm":
+        return F.layer_norm(x, weight.shape, weight, weights[f"{name}.bias"], config.norm_eps)
+    return F.rms_norm(x, tuple(weight.shape), weight, config.norm_eps)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply the MLP's activation."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, start: int, window: int | None) -> Tensor:
+    """Attend causally; query token i stands at position start + i of `key` and `value`."""
+    tokens, positions = query.shape[2], key.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    if start == 0 and (window is None or window >= positions):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    at = torch.arange(start, start + tokens, device=query.device)[:, None]
+    seen = torch.arange(positions, device=query.device)
+    mask = seen <= at
+    if window is not None:
+        mask &= seen > at - window
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+
+
+def embed(config: ModelConfig, tables: Mapping[str, Tensor], token_rows: Tensor, start: int = 0) -> Tensor:
+    """Turn the tokens' embeddings [batch, tokens, embedding_size] into the first block's input [batch, tokens, hidden].
+
+    `tables` holds "project_in.weight" and "pos_embed.weight" where the model has them; token 0 stands at `start`.
+    """
+    x = token_rows
+    if config.has_projections:
+        x = F.linear(x, tables["project_in.weight"])
+    if config.position == "learned":
+        first = start + config.position_offset
+        x = x + tables["pos_embed.weight"][first : first + x.shape[1]]
+    return x
+
+
+def finish(config: ModelConfig, tables: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Turn the last block's output [..., hidden] into what the head multiplies [..., embedding_size]."""
+    if config.final_norm:
+        x = normalize(config, tables, "final_norm", x)
+    if config.has_projections:
+        x = F.linear(x, tables["project_out.weight"])
+    return x
