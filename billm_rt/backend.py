@@ -1,0 +1,94 @@
+"""What the decoder asks of the machine it runs on, and the one place that decides which machine that is.
+
+`model.py` is written against `Backend` alone. `reference.py` gives every operation its meaning in float32 NumPy,
+`cpu_backend.py` replaces the linear layers by the native kernels.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from billm_format.errors import UsageError
+from billm_format.packing import PackedLinear
+from billm_rt.cache import KVCache
+
+Array = NDArray[np.float32]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+class Backend(Protocol):
+    """The operations of a decoder. Activations are float32 [tokens, width]; weights are what `load_*` returned."""
+
+    device: str  # "cpu"
+    isa: str  # the instruction set or path in use: "avx2", "numpy", "exact"
+    reason: str  # why this back end was chosen, for people
+    kv_dtype: DTypeLike  # of the KV cache: float32 or int16
+
+    def load_tensor(self, array: NDArray[Any]) -> Array:
+        """Return a small tensor (a norm's weight, a bias) as float32."""
+
+    def load_linears(self, linears: Sequence[PackedLinear]) -> Any:
+        """Prepare Linears that read the same input; the result goes to `linears`."""
+
+    def load_table(self, weight: NDArray[Any], scale: NDArray[np.float16] | None) -> Any:
+        """Prepare an embedding or head: int8 [rows, width] with float16 scale [rows], or float16 without."""
+
+    def linears(self, x: Array, group: Any) -> list[Array]:
+        """Return W x + bias, float32 [tokens, rows], for every Linear of the group."""
+
+    def embed(self, token_ids: NDArray[np.int64], table: Any) -> Array:
+        """Return the rows of `table` that `token_ids` names, float32 [tokens, width]."""
+
+    def head(self, x: Array, table: Any) -> Array:
+        """Return x times the table's transpose, float32 [tokens, rows]."""
+
+    def dense(self, x: Array, weight: NDArray[Any]) -> Array:
+        """Return x times the transpose of a full-precision weight [rows, cols]."""
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """Return x / rms(x) * weight over the last axis."""
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """Return (x - mean(x)) / std(x) * weight + bias over the last axis."""
+
+    def rotary_table(self, start: int, count: int, inv_freq: Array, scale: float) -> tuple[Array, Array]:
+        """Return cos and sin, float32 [count, 1, head_dim / 2], of positions start..start + count."""
+
+    def rotate(self, x: Array, table: tuple[Array, Array]) -> Array:
+        """Turn heads [tokens, heads, head_dim] by their positions (rotate-half convention)."""
+
+    def activate(self, x: Array, function: Activation) -> Array:
+        """Apply the activation function; may overwrite x."""
+
+    def attention(self, query: Array, cache: KVCache, layer: int, window: int | None) -> Array:
+        """Attend from query [tokens, heads, head_dim] to `layer` of the cache, which already holds these tokens' keys.
+
+        Causal; `window` limits a query to itself and the window - 1 tokens before it. Returns float32
+        [tokens, heads * head_dim].
+        """
+
+
+def choose(device: str, *, exact: bool = False, threads: int | None = None) -> Backend:
+    """Return the back end for `device` ("auto" or "cpu"); UsageError names what is not there.
+
+    `exact` takes the float32 NumPy path; else the native kernels, or, when they are missing, that same NumPy path.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads: wanted at least 1, found {threads}")
+    if device.split(":")[0] == "cuda":
+        raise UsageError(f"--device {device}: this version has no GPU back end yet; use --device cpu")
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: wanted auto or cpu")
+    from billm_rt import cpu
+    from billm_rt.cpu_backend import CpuBackend
+    from billm_rt.reference import ReferenceBackend
+
+    if exact:
+        return ReferenceBackend("exact", "the exact path was asked for: float32 NumPy, slow")
+    if not cpu.available():
+        return ReferenceBackend("numpy", "the native CPU library is missing: the NumPy path is right but slow")
+    if threads is not None:
+        cpu.set_threads(threads)
+    return CpuBackend()

@@ -1,0 +1,67 @@
+"""The CPU back end: linear layers and the head by the native kernels on int8 activations, the rest in NumPy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from billm_format.packing import PackedLinear
+from billm_rt import cpu
+from billm_rt.backend import Array
+from billm_rt.reference import ReferenceBackend
+
+# Columns that share an activation scale in front of the head, whose rows have one scale each.
+_HEAD_BLOCK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """Linears that can read one quantized activation: same block size, same column scales."""
+
+    block: int
+    col_scale: Array | None
+    members: list[tuple[int, PackedLinear]]  # (place in the group, Linear)
+
+    def serves(self, linear: PackedLinear) -> bool:
+        if self.col_scale is None or linear.col_scale is None:
+            return self.block == linear.block and self.col_scale is linear.col_scale
+        return self.block == linear.block and np.array_equal(self.col_scale, linear.col_scale)
+
+
+class CpuBackend(ReferenceBackend):
+    """`ReferenceBackend` with native binary and int8 linear layers."""
+
+    def __init__(self) -> None:
+        # int16: see KVCache
+        super().__init__(cpu.isa(), f"native CPU kernels ({cpu.isa()})", np.int16)
+
+    def load_linears(self, linears: Sequence[PackedLinear]) -> Any:
+        """Sort the Linears by the quantized activation they can share."""
+        shared: list[_Shared] = []
+        for place, linear in enumerate(linears):
+            home = next((group for group in shared if group.serves(linear)), None)
+            if home is None:
+                scale = None if linear.col_scale is None else linear.col_scale.astype(np.float32)
+                home = _Shared(linear.block, scale, [])
+                shared.append(home)
+            home.members.append((place, linear))
+        return shared
+
+    def linears(self, x: Array, group: Any) -> list[Array]:
+        """Quantize x once per kind of activation and multiply."""
+        out: dict[int, Array] = {}
+        for shared in group:
+            activations = cpu.quantize(x, shared.block, shared.col_scale)
+            for place, linear in shared.members:
+                y = cpu.binary_linear(linear, activations)
+                if linear.bias is not None:
+                    y += linear.bias
+                out[place] = y
+        return [out[place] for place in range(len(out))]
+
+    def head(self, x: Array, table: Any) -> Array:
+        """Multiply by int8 rows natively; a float16 table goes the NumPy way."""
+        if table.scale is None:
+            return super().head(x, table)
+        return cpu.int8_linear(table.weight, table.scale, cpu.quantize(x, _HEAD_BLOCK))

@@ -1,0 +1,279 @@
+"""One decoder-only transformer for every family: what differs between them is a field of `ModelConfig`, not a class."""
+
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from billm_format.errors import UsageError
+from billm_format.reader import BillmFile
+from billm_rt.backend import Array, Backend, choose
+from billm_rt.cache import KVCache
+from billm_rt.generate import Chunk, generate
+from billm_rt.memory import memory_report
+from billm_rt.sampling import Sampling
+from billm_rt.tokenizer import Tokenizer
+
+_DEFAULT_CTX = 4096
+
+# Tokens that pass through the decoder together: enough to share the unpacking of the weights, few enough that the
+# widest activation, [tokens, intermediate_size], stays small.
+_CHUNK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class _Norm:
+    weight: Array
+    bias: Array | None  # None: RMSNorm
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    attn_norm: _Norm
+    mlp_norm: _Norm
+    q_norm: Array | None
+    k_norm: Array | None
+    qkv: Any  # each a group of the back end: Linears that read the same input
+    o: Any
+    up: Any  # gate and up, or up alone
+    down: Any
+
+
+class Model:
+    """A `.billm` file ready to run; made by `load`. A context manager: leaving it closes the file."""
+
+    def __init__(self, file: BillmFile, backend: Backend, ctx: int | None = None) -> None:
+        self.file = file
+        self.config = file.config
+        self.backend = backend
+        self.ctx = _context_length(ctx, file.config.max_position_embeddings)
+        self.load_seconds = 0.0
+        self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+        self._embed_table = self._table("embed")
+        self._head_table = self._embed_table if self.config.tie_word_embeddings else self._table("head")
+        self._positions = self._inv_freq = self._project_in = self._project_out = self._final_norm = None
+        if self.config.position == "learned":
+            self._positions = backend.load_table(file.array("pos_embed.weight"), None)
+        else:
+            self._inv_freq = backend.load_tensor(file.array("rope.inv_freq"))
+        if self.config.has_projections:
+            self._project_in = backend.load_tensor(file.array("project_in.weight"))
+            self._project_out = backend.load_tensor(file.array("project_out.weight"))
+        if self.config.final_norm:
+            self._final_norm = self._norm_of("final_norm")
+        self._layers = [self._layer(f"layers.{i}") for i in range(self.config.num_hidden_layers)]
+
+    @property
+    def device(self) -> str:
+        """Where the model runs: "cpu"."""
+        return self.backend.device
+
+    @property
+    def isa(self) -> str:
+        """The instruction set or path in use: "avx2", "numpy", "exact" ..."""
+        return self.backend.isa
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The file's tokenizer; parsed at first use, which takes longer than all the rest of loading."""
+        file = self.file
+        return Tokenizer(file.tokenizer_json(), file.tokenizer_info, file.config, file.chat_template())
+
+    def new_cache(self) -> KVCache:
+        """Return an empty cache that grows with what is read, up to `ctx` tokens."""
+        cache = KVCache(self.config, self.ctx, self.backend.kv_dtype)
+        self._caches.add(cache)
+        return cache
+
+    def forward(
+        self, token_ids: ArrayLike, cache: KVCache, *, logits: Literal["last", "all", "none"] = "last"
+    ) -> Array | None:
+        """Read `token_ids` behind what `cache` holds and return float32 logits [1 or tokens, vocab_size], or None.
+
+        Long inputs go through in chunks, so that only the logits of "all" grow with their length. Raises UsageError on
+        ids outside the vocabulary and DoesNotFitError past the context length, before anything is computed.
+        """
+        ids = self._checked(token_ids)
+        cache.require(ids.size)
+        out: list[Array] = []
+        for start in range(0, ids.size, _CHUNK):
+            hidden = self._decode(ids[start : start + _CHUNK], cache)
+            if logits == "all":
+                out.append(self._logits(hidden))
+            elif logits == "last" and start + _CHUNK >= ids.size:
+                out.append(self._logits(hidden[-1:]))
+        if logits == "none":
+            return None
+        return out[0] if len(out) == 1 else np.concatenate(out)
+
+    def logits(self, token_ids: ArrayLike) -> Array:
+        """Return the logits float32 [tokens, vocab_size] of every position of a text read from its start."""
+        result = self.forward(token_ids, self.new_cache(), logits="all")
+        return result if result is not None else np.empty((0, self.config.vocab_size), np.float32)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        cache: KVCache | None = None,
+    ) -> Iterator[Chunk]:
+        """Stream the continuation of `prompt`; see `billm_rt.generate.generate`."""
+        return generate(self, prompt, max_tokens=max_tokens, sampling=sampling or Sampling(), stop=stop, cache=cache)
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes: the file's parts as they are mapped, live KV caches, and what the process holds."""
+        return memory_report(self.file, self._caches)
+
+    def close(self) -> None:
+        """Let go of the file; the model cannot be used afterwards."""
+        self._layers.clear()
+        for name in [name for name in vars(self) if name.startswith("_") and name != "_caches"]:
+            delattr(self, name)
+        self.file.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- the decoder, top to bottom
+
+    def _decode(self, ids: NDArray[np.int64], cache: KVCache) -> Array:
+        """Run one chunk through all layers; return hidden states [tokens, hidden_size] after the last norm."""
+        backend, config, start = self.backend, self.config, len(cache)
+        # Overflow to infinity is part of the arithmetic (exp in SiLU); what it must not do is print.
+        with np.errstate(all="ignore"):
+            x = backend.embed(ids, self._embed_table)
+            if self._project_in is not None:
+                x = backend.dense(x, self._project_in)
+            table = None
+            if self._inv_freq is not None:
+                table = backend.rotary_table(start, ids.size, self._inv_freq, config.rope_scale)
+            else:
+                rows = np.arange(start, start + ids.size) + config.position_offset
+                x = x + backend.embed(rows, self._positions)
+            pre = config.norm_position == "pre"
+            for index, layer in enumerate(self._layers):
+                x = x + self._attention(self._norm(x, layer.attn_norm) if pre else x, index, layer, cache, table)
+                x = x if pre else self._norm(x, layer.attn_norm)
+                x = x + self._mlp(self._norm(x, layer.mlp_norm) if pre else x, layer)
+                x = x if pre else self._norm(x, layer.mlp_norm)
+            cache.commit(ids.tolist())
+        return x
+
+    def _attention(
+        self, x: Array, index: int, layer: _Layer, cache: KVCache, table: tuple[Array, Array] | None
+    ) -> Array:
+        backend, config = self.backend, self.config
+        query, key, value = (y.reshape(x.shape[0], -1, config.head_dim) for y in backend.linears(x, layer.qkv))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query = backend.rms_norm(query, layer.q_norm, config.norm_eps)
+            key = backend.rms_norm(key, layer.k_norm, config.norm_eps)
+        if table is not None:
+            query, key = backend.rotate(query, table), backend.rotate(key, table)
+        cache.write(index, key, value)
+        mixed = backend.attention(query, cache, index, config.sliding_window)
+        return backend.linears(mixed, layer.o)[0]
+
+    def _mlp(self, x: Array, layer: _Layer) -> Array:
+        backend, config = self.backend, self.config
+        first, *rest = backend.linears(x, layer.up)
+        inner = backend.activate(first, config.activation)
+        for up in rest:  # a gated MLP: `first` was the gate
+            inner *= up
+        return backend.linears(inner, layer.down)[0]
+
+    def _logits(self, hidden: Array) -> Array:
+        with np.errstate(all="ignore"):
+            if self._final_norm is not None:
+                hidden = self._norm(hidden, self._final_norm)
+            if self._project_out is not None:
+                hidden = self.backend.dense(hidden, self._project_out)
+            return self.backend.head(hidden, self._head_table)
+
+    def _norm(self, x: Array, norm: _Norm) -> Array:
+        if norm.bias is None:
+            return self.backend.rms_norm(x, norm.weight, self.config.norm_eps)
+        return self.backend.layer_norm(x, norm.weight, norm.bias, self.config.norm_eps)
+
+    # ---- from the file to the back end
+
+    def _layer(self, prefix: str) -> _Layer:
+        tensor, linears = self._tensor, self._linears
+        return _Layer(
+            attn_norm=self._norm_of(f"{prefix}.attn_norm"),
+            mlp_norm=self._norm_of(f"{prefix}.mlp_norm"),
+            q_norm=tensor(f"{prefix}.q_norm.weight") if self.config.qk_norm else None,
+            k_norm=tensor(f"{prefix}.k_norm.weight") if self.config.qk_norm else None,
+            qkv=linears(prefix, "q_proj", "k_proj", "v_proj"),
+            o=linears(prefix, "o_proj"),
+            up=linears(prefix, *(("gate_proj", "up_proj") if self.config.gated_mlp else ("up_proj",))),
+            down=linears(prefix, "down_proj"),
+        )
+
+    def _tensor(self, name: str) -> Array:
+        return self.backend.load_tensor(self.file.array(name))
+
+    def _norm_of(self, name: str) -> _Norm:
+        bias = self._tensor(f"{name}.bias") if self.config.norm == "layernorm" else None
+        return _Norm(self._tensor(f"{name}.weight"), bias)
+
+    def _linears(self, prefix: str, *names: str) -> Any:
+        return self.backend.load_linears([self.file.linear(f"{prefix}.{name}") for name in names])
+
+    def _table(self, name: str) -> Any:
+        scale = self.file.array(f"{name}.scale") if self.file.quantization.embedding_bits == 8 else None
+        return self.backend.load_table(self.file.array(f"{name}.weight"), scale)
+
+    def _checked(self, token_ids: ArrayLike) -> NDArray[np.int64]:
+        ids = np.asarray(token_ids)
+        if ids.size == 0:
+            raise UsageError("there is nothing to read: the list of tokens is empty")
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise UsageError(f"token ids: wanted a flat list of integers, found {ids.dtype} of shape {ids.shape}")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            worst = ids.min() if ids.min() < 0 else ids.max()
+            raise UsageError(f"token id {worst} is outside the vocabulary (0 to {self.config.vocab_size - 1})")
+        return ids.astype(np.int64)
+
+
+def load(
+    path: str | Path,
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    exact: bool = False,
+    ctx: int | None = None,
+) -> Model:
+    """Open a `.billm` file and return the model; weights stay mapped, nothing is unpacked.
+
+    `device`: "auto" or "cpu". `threads`: of the native kernels (default: their own choice). `exact`: float32 NumPy
+    instead of int8 activations, slow. `ctx`: context length in tokens (default: the model's, at most 4096). Raises
+    UsageError on bad arguments or a missing file and CorruptFileError on a damaged one.
+    """
+    begun = time.perf_counter()
+    backend = choose(device, exact=exact, threads=threads)
+    model = Model(BillmFile.open(Path(path)), backend, ctx)
+    model.load_seconds = time.perf_counter() - begun
+    return model
+
+
+def _context_length(ctx: int | None, longest: int) -> int:
+    if ctx is None:
+        return min(_DEFAULT_CTX, longest)
+    if not 1 <= ctx <= longest:
+        raise UsageError(f"--ctx {ctx}: wanted 1 to {longest}, the longest context that this model knows")
+    return ctx
