@@ -1,0 +1,79 @@
+"""The layer's Hessian from calibration inputs, and the Cholesky factor of its inverse (Algorithm 1, lines 1 and 2)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from billm_format.errors import UsageError
+
+# Widest strip of H that one product fills; strips right of the diagonal alone are computed, the rest is mirrored.
+_STRIP = 256
+
+# Dampening is raised tenfold up to here before a Hessian counts as unusable (1: as large as the mean diagonal).
+_MAX_DAMP = 1.0
+
+
+class HessianAccumulator:
+    """Sums H = 2 X Xᵀ over batches of one Linear's inputs (Algorithm 1, line 1).
+
+    The result is divided by the number of tokens. A factor on H changes nothing that the solver does: dampening is
+    relative to H's diagonal, salience is compared within a matrix, errors are quotients. The mean keeps numbers sane.
+    """
+
+    def __init__(self, cols: int, device: torch.device | str) -> None:
+        """Start from zero for inputs of `cols` features on `device`."""
+        self._sum = torch.zeros(cols, cols, dtype=torch.float32, device=device)
+        self._tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the inputs x [tokens, cols] of any float dtype; ValueError on another width."""
+        cols = self._sum.shape[0]
+        if x.ndim != 2 or x.shape[1] != cols:
+            raise ValueError(f"inputs of a Hessian: wanted shape [tokens, {cols}], found {list(x.shape)}")
+        x = x.detach().to(self._sum)
+        for start in range(0, cols, _STRIP):
+            self._sum[start : start + _STRIP, start:].addmm_(x[:, start : start + _STRIP].T, x[:, start:])
+        self._tokens += x.shape[0]
+
+    def result(self) -> Tensor:
+        """Return H float32 [cols, cols], symmetric to the bit; ValueError before any token was added."""
+        if self._tokens == 0:
+            raise ValueError("a Hessian needs at least one token, found none")
+        upper = torch.triu(self._sum)
+        return (upper + torch.triu(upper, diagonal=1).T) * (2.0 / self._tokens)
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """H^c of Algorithm 1, line 2, and the dampening it took."""
+
+    upper: Tensor  # [cols, cols], upper triangular, upperᵀ upper = (H + damp mean(diag H) I)⁻¹
+    damp: float
+
+
+def factor_inverse(hessian: Tensor, damp: float) -> InverseFactor:
+    """Return the upper Cholesky factor of (H + λI)⁻¹, float64, with λ = damp * mean(diag H).
+
+    Where the dampened H is not positive definite in float64, `damp` is raised tenfold until it is; an H of zeros counts
+    as the identity. UsageError when nothing up to λ = mean(diag H) helps: then H is no Hessian.
+    """
+    matrix = hessian.to(torch.float64)
+    mean = matrix.diagonal().mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    while True:
+        # H = R Rᵀ with R upper triangular is a Cholesky factorisation with rows and columns reversed, and gives
+        # H⁻¹ = R⁻ᵀ R⁻¹: the factor wanted is R⁻¹, and the inverse itself is never formed.
+        dampened = matrix.flip(0, 1)
+        dampened.diagonal().add_(damp * mean)
+        lower, info = torch.linalg.cholesky_ex(dampened)
+        if not int(info):
+            break
+        if damp >= _MAX_DAMP:
+            raise UsageError(
+                f"the Hessian [{matrix.shape[0]}, {matrix.shape[1]}] of a Linear is not positive definite even with "
+                f"dampening {damp:g}: the calibration inputs are unusable; check the weights, or take other text"
+            )
+        damp = min(max(damp * 10, 1e-4), _MAX_DAMP)
+    identity = torch.eye(matrix.shape[0], dtype=torch.float64, device=matrix.device)
+    return InverseFactor(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), damp)
