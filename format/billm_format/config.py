@@ -226,7 +226,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, dict):
             return {str(key): _typed(item, args[1], where) for key, item in value.items()}
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
             return float(value)
     elif type(value) is hint:  # bool is an int to isinstance, never here
         return value

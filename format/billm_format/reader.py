@@ -93,6 +93,8 @@ class BillmFile:
                 mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise UsageError(f"{path}: no such file") from None
+        except RecursionError:
+            raise CorruptFileError(f"{path}: {defect('header', 'flat JSON', 'JSON nested too deeply')}") from None
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
         except CorruptFileError as error:
