@@ -8,13 +8,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from billm_format.errors import CorruptFileError, UsageError
 from billm_rt.texts import windows
+
+if TYPE_CHECKING:
+    from billm_rt.cache import KVCache
+    from billm_rt.model import Model
 
 Ids = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -33,29 +37,6 @@ _CHUNK_BYTES = 32 << 20
 # (window, position of the first token to score) -> logits float32 [n, vocab_size] of the positions first - 1 up to
 # the last but one of the window, in order, in chunks of any size.
 Scorer = Callable[[Ids, int], Iterator[Float32]]
-
-
-class Cache(Protocol):
-    """What is needed of a KV cache."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-
-    def truncate(self, length: int) -> None:
-        """Forget every token from position `length` on."""
-
-
-class LanguageModel(Protocol):
-    """What is needed of `billm_rt.Model`."""
-
-    config: Any
-
-    def new_cache(self) -> Any:
-        """Return an empty KV cache."""
-
-    def forward(self, token_ids: Ids, cache: Any, logits: Literal["all", "none"]) -> Any:
-        """Append tokens to the cache; return logits float32 [tokens, vocab_size] when asked for all."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +170,57 @@ def _exp(x: float) -> float:
         return math.inf
 
 
-def model_scorer(model: LanguageModel) -> tuple[Scorer, Cache]:
+@dataclass
+class Divergence:
+    """How far the distributions of one model are from those of a reference, token by token."""
+
+    kl: list[Float64] = field(default_factory=list)  # Kullback-Leibler divergence from the reference, nats
+    same_top: int = 0  # tokens where both models' most likely tokens agree
+    seconds: float = 0.0  # spent on the other model and on the comparison
+
+    @property
+    def tokens(self) -> int:
+        """Tokens compared."""
+        return sum(map(len, self.kl))
+
+    def mean(self) -> tuple[float, float]:
+        """Return the mean divergence and its standard error, tokens taken as independent."""
+        values = np.concatenate(self.kl)
+        return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+
+    def add(self, reference: Float32, other: Float32) -> None:
+        """Compare logits float32 [n, vocab_size] of the same positions."""
+        out = np.empty(len(reference), np.float64)
+        for start in range(0, len(reference), 8):
+            p = _log_softmax(reference[start : start + 8])
+            q = _log_softmax(other[start : start + 8])
+            out[start : start + 8] = (np.exp(p) * (p - q)).sum(axis=1)
+        self.kl.append(out)
+        self.same_top += int((reference.argmax(axis=1) == other.argmax(axis=1)).sum())
+
+
+def _log_softmax(logits: Float32) -> Float64:
+    rows = logits.astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    return rows
+
+
+def paired(reference: Scorer, other: Scorer, divergence: Divergence) -> Scorer:
+    """Return the reference's scorer with `other` running beside it, chunk by chunk; differences go to `divergence`."""
+
+    def score(window: Ids, first: int) -> Iterator[Float32]:
+        others = other(window, first)
+        for logits in reference(window, first):
+            start = time.perf_counter()
+            divergence.add(logits, next(others))
+            divergence.seconds += time.perf_counter() - start
+            yield logits
+
+    return score
+
+
+def model_scorer(model: "Model") -> tuple[Scorer, "KVCache"]:
     """Return the scorer of a loaded `.billm` model, and the KV cache that it uses for one window after the other."""
     cache = model.new_cache()
     rows = chunk_rows(model.config.vocab_size)
@@ -199,7 +230,9 @@ def model_scorer(model: LanguageModel) -> tuple[Scorer, Cache]:
         if first > 1:
             model.forward(window[: first - 1], cache, logits="none")
         for start in range(first - 1, len(window) - 1, rows):
-            yield model.forward(window[start : min(start + rows, len(window) - 1)], cache, logits="all")
+            logits = model.forward(window[start : min(start + rows, len(window) - 1)], cache, logits="all")
+            if logits is not None:
+                yield logits
 
     return score, cache
 
