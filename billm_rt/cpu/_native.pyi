@@ -1,0 +1,57 @@
+"""The C extension; `billm_rt.cpu` is its face. Arrays are C-contiguous; a wrong dtype is a TypeError, a wrong shape a
+ValueError with both numbers."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Scale = NDArray[np.float16] | NDArray[np.float32]
+
+class BinaryLinear:
+    """A binarized weight, checked once; holds on to the arrays' memory."""
+
+    def __new__(
+        cls,
+        sign: NDArray[np.uint8],
+        second: NDArray[np.uint8],
+        salient: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        row_scale: _Scale,
+        bias: NDArray[np.float32] | None,
+        rows: int,
+        cols: int,
+        block: int,
+        /,
+    ) -> BinaryLinear: ...
+    def multiply(
+        self,
+        values: NDArray[np.int8],
+        x_scales: NDArray[np.float32],
+        out: NDArray[np.float32],
+        row_scale: NDArray[np.float32] | None,
+        /,
+    ) -> None: ...
+
+def int8_linear(
+    weight: NDArray[np.int8],
+    scale: NDArray[Any],
+    values: NDArray[np.int8],
+    x_scales: NDArray[np.float32],
+    block: int,
+    out: NDArray[np.float32],
+    /,
+) -> None: ...
+def quantize(
+    x: NDArray[np.float32],
+    col_scale: NDArray[np.float32] | None,
+    block: int,
+    values: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    /,
+) -> None: ...
+def isa() -> str: ...
+def supported_isas() -> tuple[str, ...]: ...
+def select_isa(name: str, /) -> None: ...
+def set_threads(count: int, /) -> None: ...
+def threads() -> int: ...

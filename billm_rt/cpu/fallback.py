@@ -1,0 +1,116 @@
+"""The same products in NumPy: what runs where the native library is missing. Right, and many times slower."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from billm_format.config import BLOCK_SIZES
+from billm_format.layout import num_blocks, row_bytes
+from billm_format.packing import PackedLinear
+from numpy.typing import NDArray
+
+_ROWS_AT_A_TIME = 512  # bounds the levels that are unpacked at once
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedActivations:
+    """Activations as int8 with one scale per token and block: x[t, j] is about values[t, j] * scales[t, j // block]."""
+
+    values: NDArray[np.int8]  # [tokens, cols], -127..127
+    scales: NDArray[np.float32]  # [tokens, num_blocks]
+    block: int
+
+
+def quantize(x: NDArray[np.float32], block: int, col_scale: NDArray[np.float32] | None) -> QuantizedActivations:
+    """Quantize x [tokens, cols]; see `billm_rt.cpu.quantize`."""
+    _check_block(block)
+    _check("x", x, np.float32, (-1, -1))
+    tokens, cols = x.shape
+    blocks = num_blocks(cols, block)
+    padded = np.zeros((tokens, blocks * block), np.float32)
+    padded[:, :cols] = x
+    if col_scale is not None:
+        _check("col_scale", col_scale, np.float32, (cols,))
+        padded[:, :cols] *= col_scale
+    split = padded.reshape(tokens, blocks, block)
+    absmax = np.abs(split).max(axis=2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scales = np.where(np.isfinite(absmax), absmax / np.float32(127), np.float32(np.nan))
+        usable = (scales > 0)[:, :, None]
+        values = np.where(usable, np.rint(np.clip(split / scales[:, :, None], -127, 127)), 0)
+    values = values.astype(np.int8).reshape(padded.shape)[:, :cols]
+    return QuantizedActivations(np.ascontiguousarray(values), scales, block)
+
+
+def binary_linear(
+    weight: PackedLinear, x: QuantizedActivations, row_scale: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    """Return x W^T + bias, float32 [tokens, rows]; see `billm_rt.cpu.binary_linear`."""
+    rows, cols, stride = weight.rows, weight.cols, row_bytes(weight.cols)
+    _check_block(weight.block)
+    _check("sign", weight.sign, np.uint8, (rows, stride))
+    _check("second", weight.second, np.uint8, (rows, stride))
+    _check("salient", weight.salient, np.uint8, (stride,))
+    _check("scales", weight.scales, np.uint8, (rows, weight.num_blocks, 4))
+    _check_activations(x, cols)
+    scale: NDArray[np.float16] | NDArray[np.float32] = weight.row_scale
+    if row_scale is not None:
+        _check("row_scale", row_scale, np.float32, (rows,))
+        scale = row_scale
+    _check("row_scale", scale, scale.dtype, (rows,))
+    out = np.empty((x.values.shape[0], rows), np.float32)
+    for start in range(0, rows, _ROWS_AT_A_TIME):
+        stop = min(start + _ROWS_AT_A_TIME, rows)
+        out[:, start:stop] = _block_products(weight.levels(start, stop).astype(np.float32), x)
+    out *= scale.astype(np.float32)
+    if weight.bias is not None:
+        _check("bias", weight.bias, np.float32, (rows,))
+        out += weight.bias
+    return out
+
+
+def int8_linear(
+    weight: NDArray[np.int8], scale: NDArray[np.float16] | NDArray[np.float32], x: QuantizedActivations
+) -> NDArray[np.float32]:
+    """Return x (weight * scale)^T, float32 [tokens, rows]; see `billm_rt.cpu.int8_linear`."""
+    _check_block(x.block)
+    _check("weight", weight, np.int8, (-1, -1))
+    rows, cols = weight.shape
+    if scale.dtype != np.float16:
+        _check("scale", scale, np.float32, (rows,))
+    _check("scale", scale, scale.dtype, (rows,))
+    _check_activations(x, cols)
+    out = np.empty((x.values.shape[0], rows), np.float32)
+    for start in range(0, rows, _ROWS_AT_A_TIME):
+        stop = min(start + _ROWS_AT_A_TIME, rows)
+        out[:, start:stop] = _block_products(weight[start:stop].astype(np.float32), x)
+    out *= scale.astype(np.float32)
+    return out
+
+
+def _block_products(level: NDArray[np.float32], x: QuantizedActivations) -> NDArray[np.float32]:
+    """Return the sums over blocks, float32 [tokens, rows]. A float32 product of one block is exact: below 2**24."""
+    acc = np.zeros((x.values.shape[0], level.shape[0]), np.float32)
+    for index, start in enumerate(range(0, level.shape[1], x.block)):
+        columns = slice(start, start + x.block)
+        isum = x.values[:, columns].astype(np.float32) @ level[:, columns].T
+        acc += x.scales[:, index, None] * isum
+    return acc
+
+
+def _check_activations(x: QuantizedActivations, cols: int) -> None:
+    _check("x.values", x.values, np.int8, (-1, cols))
+    _check("x.scales", x.scales, np.float32, (x.values.shape[0], num_blocks(cols, x.block)))
+
+
+def _check_block(block: int) -> None:
+    if block not in BLOCK_SIZES:
+        raise ValueError(f"block: wanted 32, 64, 128 or 256, found {block}")
+
+
+def _check(name: str, array: NDArray[np.generic], dtype: object, shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype:
+        raise TypeError(f"{name}: wanted dtype {np.dtype(dtype)}, found {array.dtype}")  # type: ignore[call-overload]
+    if array.ndim != len(shape) or any(w not in (-1, f) for w, f in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{name}: wanted shape {list(shape)}, found {list(array.shape)} (-1: any)")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name}: wanted a C-contiguous array in native byte order")

@@ -1,0 +1,307 @@
+/* AVX2. The level of a weight is a sum of two signs times two scales of its class (plain or salient):
+ *
+ *   level = (s * (m0 + m1) + q * (m1 - m0)) / 2   plain,   q = s * t        (t: group flag as a sign)
+ *   level = (s * (m2 + m3) + q * (m3 - m2)) / 2   salient, q = t            (t: residual sign)
+ *
+ * with the magnitudes m0..m3 of PackedLinear. With U_s, U_q the sums of the activations where the bit of s, q is 1 and
+ * X the sum of all, per class:  sum(level * x) = (m0 + m1) U_s + (m1 - m0) U_q - m1 X   (salient: m2, m3 alike).
+ * So a product needs no table of levels: four masked sums of bytes, and a few multiplications per unit.
+ */
+#include "x86.h"
+
+struct slab {
+    int8_t plain[8][32], salient[8][32];
+    uint8_t not_salient[32];
+    int16_t sums[16];
+};
+
+static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
+    billm_quantize_token(x, col_scale, cols, block, values, scales);
+}
+
+static size_t prepared_bytes(const struct billm_weight *w) {
+    return (w->cols + 255) / 256 * sizeof(struct slab);
+}
+
+static void prepare(const struct billm_weight *w, const int8_t *x, void *prepared) {
+    struct slab *slab = prepared;
+    for (size_t col = 0; col < w->cols; col += 256, slab++) {
+        int8_t values[256];
+        uint8_t salient[32];
+        const int8_t *from = x + col;
+        const uint8_t *plane = w->salient + col / 8;
+        if (w->cols - col < 256) {
+            memset(values, 0, sizeof values);
+            memset(salient, 0, sizeof salient);
+            memcpy(values, from, w->cols - col);
+            memcpy(salient, plane, w->stride - col / 8);
+            from = values;
+            plane = salient;
+        }
+        billm_prepare256(from, plane, slab->plain[0], slab->salient[0], 32, slab->not_salient, slab->sums);
+    }
+}
+
+/* sum(level * x) of each unit of a slab, from 32 bytes of both planes and the magnitudes of each unit's block. */
+static inline __m256i unit_sums(__m256i sign, __m256i second, const struct slab *x, __m256i magnitudes) {
+    const __m256i ones = _mm256_set1_epi8(1), differences = _mm256_set1_epi16(0x01ff); /* bytes -1, 1 */
+    const __m256i low_twice = _mm256_set1_epi32(0x01000100), high_twice = _mm256_set1_epi32(0x03020302);
+    const __m256i lanes = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+    __m256i q = _mm256_xor_si256(second, _mm256_andnot_si256(sign, _mm256_load_si256((const void *)x->not_salient)));
+    __m256i sp = _mm256_setzero_si256(), ss = sp, qp = sp, qs = sp;
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
+        __m256i plain = _mm256_load_si256((const void *)x->plain[k]);
+        __m256i salient = _mm256_load_si256((const void *)x->salient[k]);
+        __m256i s_bit = _mm256_and_si256(_mm256_srli_epi16(sign, k), ones);
+        __m256i q_bit = _mm256_and_si256(_mm256_srli_epi16(q, k), ones);
+        sp = _mm256_add_epi16(sp, _mm256_maddubs_epi16(s_bit, plain));
+        ss = _mm256_add_epi16(ss, _mm256_maddubs_epi16(s_bit, salient));
+        qp = _mm256_add_epi16(qp, _mm256_maddubs_epi16(q_bit, plain));
+        qs = _mm256_add_epi16(qs, _mm256_maddubs_epi16(q_bit, salient));
+    }
+    __m256i m01 = _mm256_shuffle_epi8(magnitudes, _mm256_add_epi8(lanes, low_twice));
+    __m256i m23 = _mm256_shuffle_epi8(magnitudes, _mm256_add_epi8(lanes, high_twice));
+    __m256i sum = _mm256_madd_epi16(sp, _mm256_maddubs_epi16(m01, ones));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(ss, _mm256_maddubs_epi16(m23, ones)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(qp, _mm256_maddubs_epi16(m01, differences)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(qs, _mm256_maddubs_epi16(m23, differences)));
+    __m256i m1m3 = _mm256_srli_epi16(magnitudes, 8);
+    return _mm256_sub_epi32(sum, _mm256_madd_epi16(m1m3, _mm256_load_si256((const void *)x->sums)));
+}
+
+static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row, size_t end,
+                        float *acc) {
+    const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4;
+    const size_t blocks_per_slab = 256 / w->block;
+    int32_t block_of_unit[8];
+    for (size_t i = 0; i < 8; i++)
+        block_of_unit[i] = (int32_t)(i / units_per_block);
+    const __m256i spread = _mm256_loadu_si256((const __m256i *)block_of_unit);
+    for (; row < end; row += 8) {
+        size_t rows = billm_min(8, end - row), unit = 0, block = 0;
+        const struct slab *slab = prepared;
+        __m256 total = _mm256_setzero_ps();
+        for (; unit < units; slab++) {
+            size_t left = units - unit;
+            const __m256i words = billm_word_mask(left), scale_words = billm_word_mask(billm_min(blocks_per_slab, w->blocks - block));
+            __m256i sums[8];
+            for (size_t r = 0; r < 8; r++) {
+                size_t at = row + billm_min(r, rows - 1); /* a short group repeats its last row */
+                const uint8_t *sign = w->sign + at * w->stride + 4 * unit, *second = w->second + at * w->stride + 4 * unit;
+                const uint8_t *scales = w->scales + 4 * (at * w->blocks + block);
+                __m256i packed = _mm256_maskload_epi32((const int *)(const void *)scales, scale_words);
+                __m256i magnitudes = billm_magnitudes(_mm256_permutevar8x32_epi32(packed, spread));
+                sums[r] = left >= 8 ? unit_sums(_mm256_loadu_si256((const __m256i *)sign),
+                                                _mm256_loadu_si256((const __m256i *)second), slab, magnitudes)
+                                    : unit_sums(_mm256_maskload_epi32((const int *)(const void *)sign, words),
+                                                _mm256_maskload_epi32((const int *)(const void *)second, words), slab,
+                                                magnitudes);
+            }
+            billm_transpose8(sums);
+            __m256i sum = _mm256_setzero_si256();
+            for (size_t i = 0; i < billm_min(8, left); i++) {
+                sum = _mm256_add_epi32(sum, sums[i]);
+                if (++unit % units_per_block == 0 || unit == units) {
+                    total = billm_step(total, x_scale[block++], sum);
+                    sum = _mm256_setzero_si256();
+                }
+            }
+        }
+        float result[8];
+        _mm256_storeu_ps(result, total);
+        memcpy(acc, result, rows * sizeof *acc);
+        acc += rows;
+    }
+}
+
+static inline __m256i dot32(__m256i sum, __m256i weight, __m256i x) {
+    /* |weight| <= 128 as an unsigned byte, so that two products fit in int16: 2 * 128 * 127 < 2^15. */
+    __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+}
+
+static __m256i load_start(const int8_t *from, size_t count) {
+    int8_t values[32] = {0};
+    memcpy(values, from, count);
+    return _mm256_loadu_si256((const __m256i *)values);
+}
+
+void billm_avx2_int8_gemv(const struct billm_weight *w, const int8_t *x, const float *x_scale, size_t row, size_t end,
+                          float *acc) {
+    const size_t whole = w->cols / 32 * 32, rest = w->cols - whole;
+    const __m256i last = load_start(x + whole, rest);
+    for (; row < end; row += 8) {
+        size_t rows = billm_min(8, end - row);
+        __m256 total = _mm256_setzero_ps();
+        for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
+            size_t stop = billm_min(col + w->block, whole);
+            __m256i sums[8];
+            for (size_t r = 0; r < 8; r++) {
+                const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
+                __m256i sum = _mm256_setzero_si256();
+                for (size_t j = col; j < stop; j += 32)
+                    sum = dot32(sum, _mm256_loadu_si256((const __m256i *)(values + j)),
+                                _mm256_loadu_si256((const __m256i *)(x + j)));
+                if (rest && b + 1 == w->blocks)
+                    sum = dot32(sum, load_start(values + whole, rest), last);
+                sums[r] = sum;
+            }
+            total = billm_step(total, x_scale[b], billm_sum8(sums));
+        }
+        float result[8];
+        _mm256_storeu_ps(result, total);
+        memcpy(acc, result, rows * sizeof *acc);
+        acc += rows;
+    }
+}
+
+/* ---- tiles: int16 [cols / 2][16 rows][2], so that a 32-bit lane is a row and madd_epi16 sums a pair of columns ---- */
+
+enum { TILE_ROWS = 16 };
+
+/* Offsets of eight rows from the first; a short group repeats its last row. */
+static __m256i row_offsets(size_t rows, size_t stride) {
+    int32_t offsets[8];
+    for (size_t r = 0; r < 8; r++)
+        offsets[r] = (int32_t)(billm_min(r, rows - 1) * stride);
+    return _mm256_loadu_si256((const __m256i *)offsets);
+}
+
+/* Per class of a pair of columns (bit 0: first column salient, bit 1: second): the magnitude where the chosen bit is 0,
+ * and what is added where it is 1, as int16 pairs. */
+struct levels {
+    __m256i base[4], step[4];
+};
+
+static void pair_levels(__m256i magnitudes, struct levels *out) {
+    const __m256i lanes = _mm256_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c, 0, 0x00040004, 0x00080008, 0x000c000c);
+    for (int class = 0; class < 4; class++) {
+        int pick = (int)0x80008000u | (class & 1) << 1 | (class & 2) << 16;
+        __m256i control = _mm256_or_si256(_mm256_set1_epi32(pick), lanes);
+        __m256i with_one = _mm256_shuffle_epi8(magnitudes, _mm256_or_si256(control, _mm256_set1_epi32(0x00010001)));
+        out->base[class] = _mm256_shuffle_epi8(magnitudes, control);
+        out->step[class] = _mm256_sub_epi16(with_one, out->base[class]);
+    }
+}
+
+/* Bits 2p and 2p + 1 of half of a 32-bit lane to bit 2p of its low and of its high 16 bits. */
+static inline __m256i first_half(__m256i word) {
+    return _mm256_blend_epi16(word, _mm256_slli_epi32(word, 15), 0xaa);
+}
+
+static inline __m256i second_half(__m256i word) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(word, 16), _mm256_srli_epi32(word, 1), 0xaa);
+}
+
+/* Sixteen columns of eight rows; `chosen` picks the magnitude, `negative` the sign. */
+static inline void decode16(__m256i chosen, __m256i negative, uint32_t salient, const struct levels *levels, __m256i *out) {
+    const __m256i one = _mm256_set1_epi16(1);
+#pragma GCC unroll 8
+    for (int p = 0; p < 8; p++) {
+        unsigned class = salient >> 2 * p & 3;
+        __m256i mask = _mm256_srai_epi16(_mm256_slli_epi16(chosen, 15 - 2 * p), 15);
+        __m256i level = _mm256_add_epi16(levels->base[class], _mm256_and_si256(mask, levels->step[class]));
+        __m256i sign = _mm256_or_si256(_mm256_slli_epi16(negative, 15 - 2 * p), one);
+        _mm256_store_si256(out + 2 * p, _mm256_sign_epi16(level, sign));
+    }
+}
+
+void billm_avx2_binary_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    for (size_t half = 0; half < 2; half++) {
+        size_t first = row + billm_min(8 * half, rows - 1), count = rows > 8 * half ? billm_min(8, rows - 8 * half) : 1;
+        const __m256i plane_rows = row_offsets(count, w->stride), scale_rows = row_offsets(count, 4 * w->blocks);
+        const uint8_t *sign = w->sign + first * w->stride, *second = w->second + first * w->stride;
+        const uint8_t *scales = w->scales + 4 * first * w->blocks;
+        __m256i *out = (__m256i *)tile + half;
+        struct levels levels;
+        for (size_t j = col; j < col + cols; j += BILLM_UNIT, out += 32) {
+            if (j % w->block == 0)
+                pair_levels(billm_magnitudes(_mm256_i32gather_epi32((const int *)(const void *)(scales + 4 * (j / w->block)), scale_rows, 1)), &levels);
+            uint32_t salient = billm_load32(w->salient + j / 8);
+            __m256i s = _mm256_i32gather_epi32((const int *)(const void *)(sign + j / 8), plane_rows, 1);
+            __m256i t = _mm256_i32gather_epi32((const int *)(const void *)(second + j / 8), plane_rows, 1);
+            __m256i negative = _mm256_xor_si256(s, _mm256_set1_epi32(-1));
+            __m256i chosen = _mm256_xor_si256(t, _mm256_and_si256(negative, _mm256_set1_epi32((int)salient)));
+            decode16(first_half(chosen), first_half(negative), salient, &levels, out);
+            decode16(second_half(chosen), second_half(negative), salient >> 16, &levels, out + 16);
+        }
+    }
+}
+
+void billm_avx2_int8_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    for (size_t half = 0; half < 2; half++) {
+        __m256i *out = (__m256i *)tile + half;
+        for (size_t j = 0; j < billm_round_up(cols, BILLM_UNIT); j += 16, out += 16) {
+            __m256i values[8];
+            for (size_t r = 0; r < 8; r++) {
+                const int8_t *from = w->values + (row + billm_min(8 * half + r, rows - 1)) * w->stride + col + j;
+                int8_t short_row[16] = {0};
+                if (j + 16 > cols) {
+                    memcpy(short_row, from, j < cols ? cols - j : 0);
+                    from = short_row;
+                }
+                values[r] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
+            }
+            billm_transpose8(values);
+            for (size_t p = 0; p < 8; p++)
+                _mm256_store_si256(out + 2 * p, values[p]);
+        }
+    }
+}
+
+void billm_avx2_pack(const int8_t *x, size_t cols, void *packed) {
+    int16_t *out = packed;
+    memset(out + cols, 0, (billm_round_up(cols, BILLM_UNIT) - cols) * sizeof *out);
+    for (size_t j = 0; j < cols; j++)
+        out[j] = x[j];
+}
+
+static inline __m256i broadcast_pair(const int16_t *x, size_t pair) {
+    return _mm256_set1_epi32((int)billm_load32(x + 2 * pair));
+}
+
+static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
+                     size_t scale_stride, size_t tokens, float *acc) {
+    for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
+        const int16_t *row[BILLM_TOKEN_STEP];
+        for (size_t i = 0; i < BILLM_TOKEN_STEP; i++)
+            row[i] = (const void *)((const uint8_t *)x + (t + i) * x_stride);
+        const __m256i *level = tile;
+        for (size_t b = 0, col = 0; col < cols; b++, col += block) {
+            __m256i low[BILLM_TOKEN_STEP], high[BILLM_TOKEN_STEP];
+            for (size_t i = 0; i < BILLM_TOKEN_STEP; i++)
+                low[i] = high[i] = _mm256_setzero_si256();
+            size_t stop = (billm_min(col + block, cols) + 1) / 2;
+            for (size_t pair = col / 2; pair < stop; pair++, level += 2) {
+                __m256i level0 = _mm256_load_si256(level), level1 = _mm256_load_si256(level + 1);
+#pragma GCC unroll 4
+                for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
+                    __m256i value = broadcast_pair(row[i], pair);
+                    low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(level0, value));
+                    high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(level1, value));
+                }
+            }
+            for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
+                float scale = x_scale[(t + i) * scale_stride + b], *to = acc + i * TILE_ROWS;
+                _mm256_storeu_ps(to, billm_step(_mm256_loadu_ps(to), scale, low[i]));
+                _mm256_storeu_ps(to + 8, billm_step(_mm256_loadu_ps(to + 8), scale, high[i]));
+            }
+        }
+    }
+}
+
+const struct billm_isa billm_avx2 = {
+    .name = "avx2",
+    .tile_rows = TILE_ROWS,
+    .packed_bytes = sizeof(int16_t),
+    .quantize = quantize,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
+    .binary_gemv = binary_gemv,
+    .int8_gemv = billm_avx2_int8_gemv,
+    .binary_tile = billm_avx2_binary_tile,
+    .int8_tile = billm_avx2_int8_tile,
+    .pack = billm_avx2_pack,
+    .multiply = multiply,
+};

@@ -1,0 +1,154 @@
+/* What the parts of the native library share.
+ *
+ * The meaning of every product, the same on every instruction set, bit for bit:
+ *
+ *   isum[t, r, b] = sum over the columns j of block b of level[r, j] * x[t, j]      exact in int32
+ *   acc           = 0; for b = 0, 1, ...: acc = acc + x_scale[t, b] * (float)isum     float32, two roundings a step
+ *   out[t, r]     = acc * row_scale[r] (+ bias[r])
+ *
+ * |isum| <= 256 * 255 * 127 < 2^24, so its conversion to float32 is exact. No fused multiply-add and one fixed order:
+ * results do not depend on the instruction set, the number of threads, or how many tokens are computed together.
+ */
+#ifndef BILLM_KERNELS_H
+#define BILLM_KERNELS_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+enum {
+    BILLM_UNIT = 32,        /* every block is a whole number of units of 32 columns (4 bytes of a bit plane) */
+    BILLM_MAX_BLOCK = 256,
+    BILLM_TILE_ROWS = 16,   /* most rows of a decoded tile */
+    BILLM_TILE_COLS = 512,  /* most columns of one: a whole number of blocks, and 16 KiB of int16 stay in the L1 cache */
+    BILLM_TOKEN_STEP = 4    /* the product of a tile takes tokens by fours */
+};
+
+/* A weight [rows, cols] in the file's layout: either the planes and scales, or `values`, is set. */
+struct billm_weight {
+    size_t rows, cols, block, blocks;
+    size_t stride;          /* bytes from one row to the next, of a plane or of `values` */
+    const uint8_t *sign;    /* [rows, stride], bit j % 8 of byte j / 8; 1: + */
+    const uint8_t *second;  /* [rows, stride]; salient column: residual sign, else group flag */
+    const uint8_t *salient; /* [stride] */
+    const uint8_t *scales;  /* [rows, blocks, 4]: alpha_c, alpha_s, alpha_o, alpha_r */
+    const int8_t *values;   /* [rows, cols] */
+};
+
+/* Quantized activations of `count` tokens. */
+struct billm_tokens {
+    const int8_t *values; /* [count, cols], -127..127 */
+    const float *scales;  /* [count, blocks] */
+    size_t count;
+};
+
+/* What turns acc into out. */
+struct billm_epilogue {
+    const uint8_t *scale; /* [rows], float16 or float32, any alignment */
+    int scale_is_half;
+    const uint8_t *bias;  /* [rows] float32, any alignment, or NULL */
+};
+
+/* One instruction set. Pointers without a stated alignment have none. */
+struct billm_isa {
+    const char *name;
+    size_t tile_rows;    /* rows of a tile, at most BILLM_TILE_ROWS */
+    size_t packed_bytes; /* bytes of a packed activation */
+
+    /* One token: x [cols] (times col_scale [cols] if not NULL) to values [cols], scales [blocks]. */
+    void (*quantize)(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales);
+
+    /* Decoding: one token, written once in the form that binary_gemv wants (64-byte aligned), then rows at will. */
+    size_t (*prepared_bytes)(const struct billm_weight *weight);
+    void (*prepare)(const struct billm_weight *weight, const int8_t *x, void *prepared);
+    void (*binary_gemv)(const struct billm_weight *weight, const void *prepared, const float *x_scale, size_t row,
+                        size_t end, float *acc);
+    void (*int8_gemv)(const struct billm_weight *weight, const int8_t *x, const float *x_scale, size_t row, size_t end,
+                      float *acc);
+
+    /* Prompts: `rows` (1..tile_rows) rows of `cols` (1..BILLM_TILE_COLS) columns from `col` (a multiple of 512) become a
+     * tile (64-byte aligned, BILLM_TILE_ROWS * BILLM_TILE_COLS * 2 bytes), padded with zeros to a whole unit; what a
+     * tile and a packed token look like inside is the instruction set's own affair. */
+    void (*binary_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols, void *tile);
+    void (*int8_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols, void *tile);
+    void (*pack)(const int8_t *x, size_t cols, void *packed); /* one token, padded with zeros to a whole unit */
+
+    /* acc[t][0..tile_rows) continues over the columns of the tile, t < tokens (a multiple of BILLM_TOKEN_STEP).
+     * Packed tokens lie x_stride bytes apart, their scales scale_stride floats apart. */
+    void (*multiply)(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
+                     size_t scale_stride, size_t tokens, float *acc);
+};
+
+extern const struct billm_isa billm_portable;
+#if defined(__x86_64__) || defined(BILLM_SIMDE)
+extern const struct billm_isa billm_avx2, billm_avx512;
+#endif
+#if defined(__aarch64__)
+extern const struct billm_isa billm_neon;
+#endif
+
+/* dispatch.c. `supported` fills names, best first, and returns how many; `select` returns -1 for one not supported.
+ * The others return -1 when memory runs out. All may be called from several threads; they take turns. */
+size_t billm_supported(const char *names[4]);
+int billm_select(const char *name);
+const char *billm_selected(void);
+int billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int8_t *values,
+                   float *scales);
+int billm_linear(const struct billm_weight *weight, const struct billm_tokens *x, const struct billm_epilogue *epilogue,
+                 float *out);
+
+/* pool.c. A turn (lock .. unlock) owns the pool; run calls task(context, i) once for every i < count. */
+void billm_pool_lock(void);
+void billm_pool_unlock(void);
+void billm_pool_run(void (*task)(void *context, size_t index), void *context, size_t count);
+void billm_pool_set_threads(int threads); /* takes a turn itself */
+int billm_pool_threads(void);
+
+static inline size_t billm_round_up(size_t value, size_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
+
+static inline size_t billm_min(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+static inline uint32_t billm_load32(const void *address) {
+    uint32_t value;
+    memcpy(&value, address, sizeof value);
+    return value;
+}
+
+/* Quantize one token; every instruction set compiles its own copy. Work on the bits keeps NaN and infinity visible:
+ * a block that holds one gets the scale NaN, which every product with it inherits. */
+static inline void billm_quantize_token(const float *restrict x, const float *restrict col_scale, size_t cols,
+                                        size_t block, int8_t *restrict values, float *restrict scales) {
+    const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, halves to even */
+    float scaled[BILLM_MAX_BLOCK];
+    for (size_t start = 0; start < cols; start += block) {
+        size_t n = billm_min(block, cols - start);
+        uint32_t largest = 0;
+        for (size_t j = 0; j < n; j++) {
+            scaled[j] = col_scale ? x[start + j] * col_scale[start + j] : x[start + j];
+            uint32_t bits = billm_load32(&scaled[j]) & 0x7fffffffu;
+            largest = bits > largest ? bits : largest;
+        }
+        float absmax;
+        memcpy(&absmax, &largest, sizeof absmax);
+        int finite = largest < 0x7f800000u;
+        float scale = absmax / 127.0f;
+        *scales++ = finite ? scale : NAN;
+        if (!finite || scale == 0.0f) {
+            memset(values + start, 0, n);
+            continue;
+        }
+        for (size_t j = 0; j < n; j++) {
+            float y = scaled[j] / scale;
+            y = y > 127.0f ? 127.0f : y; /* a subnormal scale is coarse */
+            y = (y < -127.0f ? -127.0f : y) + to_integer;
+            values[start + j] = (int8_t)(uint8_t)(billm_load32(&y) & 0xffu);
+        }
+    }
+}
+
+#endif

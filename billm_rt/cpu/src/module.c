@@ -1,0 +1,349 @@
+/* The Python extension: checks every buffer (format, contiguity, shape), then computes without the interpreter lock. */
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+
+#include "kernels.h"
+
+enum { MAX_SIZE = 1 << 24 };
+
+/* ---- checks ---- */
+
+static const char *format_name(const char *format) {
+    static const char *const names[][2] = {{"B", "uint8"},   {"b", "int8"},  {"e", "float16"}, {"f", "float32"},
+                                           {"d", "float64"}, {"h", "int16"}, {"i", "int32"},   {"l", "int64"},
+                                           {"?", "bool"}};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(format, names[i][0]))
+            return names[i][1];
+    return format;
+}
+
+static void describe(char *text, size_t size, int ndim, const Py_ssize_t *shape) {
+    size_t used = (size_t)PyOS_snprintf(text, size, "[");
+    for (int i = 0; i < ndim && used < size - 24; i++)
+        used += (size_t)PyOS_snprintf(text + used, size - used, i ? ", %lld" : "%lld", (long long)shape[i]);
+    PyOS_snprintf(text + used, size - used, "]");
+}
+
+/* Take a C-contiguous buffer of one of `formats` (a letter each) and exactly `shape`; where that is -1, fill it in. */
+static int take(PyObject *object, const char *name, const char *formats, int ndim, Py_ssize_t *shape, int writable,
+                Py_buffer *view) {
+    int flags = PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0);
+    if (PyObject_GetBuffer(object, view, flags)) {
+        if (PyErr_ExceptionMatches(PyExc_ValueError) || PyErr_ExceptionMatches(PyExc_BufferError)) {
+            PyErr_Clear();
+            PyErr_Format(PyExc_ValueError, "%s: wanted a C-contiguous%s array in native byte order", name,
+                         writable ? ", writable" : "");
+        }
+        view->obj = NULL;
+        return -1;
+    }
+    const char *format = view->format ? view->format : "B";
+    if (format[0] == '\0' || format[1] != '\0' || !strchr(formats, format[0])) {
+        char wanted[2] = {formats[0], 0}, other[2] = {formats[1], 0};
+        PyErr_Format(PyExc_TypeError, "%s: wanted dtype %s%s%s, found %s", name, format_name(wanted),
+                     other[0] ? " or " : "", format_name(other), format_name(format));
+        return -1;
+    }
+    int fits = view->ndim == ndim;
+    for (int i = 0; fits && i < ndim; i++)
+        fits = shape[i] < 0 || shape[i] == view->shape[i];
+    if (!fits) {
+        char wanted[120], found[120];
+        describe(wanted, sizeof wanted, ndim, shape);
+        describe(found, sizeof found, view->ndim, view->shape);
+        PyErr_Format(PyExc_ValueError, "%s: wanted shape %s, found %s (-1: any)", name, wanted, found);
+        return -1;
+    }
+    memcpy(shape, view->shape, (size_t)ndim * sizeof *shape);
+    return 0;
+}
+
+static int check_size(const char *name, Py_ssize_t value) {
+    if (value >= 1 && value <= MAX_SIZE)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: wanted 1 to %d, found %zd", name, MAX_SIZE, value);
+    return -1;
+}
+
+static int check_block(Py_ssize_t block) {
+    if (block == 32 || block == 64 || block == 128 || block == 256)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "block: wanted 32, 64, 128 or 256, found %zd", block);
+    return -1;
+}
+
+static void release(Py_buffer *views, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (views[i].obj)
+            PyBuffer_Release(&views[i]);
+}
+
+static size_t blocks_of(size_t cols, size_t block) {
+    return (cols + block - 1) / block;
+}
+
+/* ---- products ---- */
+
+enum { X, X_SCALE, OUT, ROW_SCALE, OPERANDS };
+
+/* Check the activations and the output against the weight, and multiply. `views` is the caller's to release. */
+static PyObject *product(const struct billm_weight *weight, struct billm_epilogue *epilogue, PyObject *x,
+                         PyObject *x_scale, PyObject *out, Py_buffer *views) {
+    Py_ssize_t x_shape[2] = {-1, (Py_ssize_t)weight->cols};
+    if (take(x, "x.values", "b", 2, x_shape, 0, &views[X]))
+        return NULL;
+    Py_ssize_t scale_shape[2] = {x_shape[0], (Py_ssize_t)weight->blocks};
+    Py_ssize_t out_shape[2] = {x_shape[0], (Py_ssize_t)weight->rows};
+    if (take(x_scale, "x.scales", "f", 2, scale_shape, 0, &views[X_SCALE]) ||
+        take(out, "out", "f", 2, out_shape, 1, &views[OUT]))
+        return NULL;
+    if ((uintptr_t)views[X_SCALE].buf % sizeof(float) || (uintptr_t)views[OUT].buf % sizeof(float)) {
+        PyErr_SetString(PyExc_ValueError, "x.scales, out: wanted memory aligned to 4 bytes");
+        return NULL;
+    }
+    struct billm_tokens tokens = {views[X].buf, views[X_SCALE].buf, (size_t)x_shape[0]};
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = billm_linear(weight, &tokens, epilogue, views[OUT].buf);
+    Py_END_ALLOW_THREADS
+    if (failed)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+/* ---- BinaryLinear: a weight checked once ---- */
+
+enum { SIGN, SECOND, SALIENT, SCALES, SCALE, BIAS, TENSORS };
+
+struct binary_linear {
+    PyObject_HEAD
+    struct billm_weight weight;
+    struct billm_epilogue epilogue;
+    Py_buffer views[TENSORS];
+};
+
+static int take_weight(struct binary_linear *self, PyObject *const tensors[TENSORS]) {
+    struct billm_weight *w = &self->weight;
+    Py_ssize_t rows = (Py_ssize_t)w->rows, stride = (Py_ssize_t)w->stride, blocks = (Py_ssize_t)w->blocks;
+    Py_ssize_t plane[2] = {rows, stride}, column[1] = {stride}, scales[3] = {rows, blocks, 4}, vector[1] = {rows};
+    Py_buffer *views = self->views;
+    if (take(tensors[SIGN], "sign", "B", 2, plane, 0, &views[SIGN]) ||
+        take(tensors[SECOND], "second", "B", 2, plane, 0, &views[SECOND]) ||
+        take(tensors[SALIENT], "salient", "B", 1, column, 0, &views[SALIENT]) ||
+        take(tensors[SCALES], "scales", "B", 3, scales, 0, &views[SCALES]) ||
+        take(tensors[SCALE], "row_scale", "ef", 1, vector, 0, &views[SCALE]) ||
+        (tensors[BIAS] != Py_None && take(tensors[BIAS], "bias", "f", 1, vector, 0, &views[BIAS])))
+        return -1;
+    w->sign = views[SIGN].buf;
+    w->second = views[SECOND].buf;
+    w->salient = views[SALIENT].buf;
+    w->scales = views[SCALES].buf;
+    self->epilogue = (struct billm_epilogue){views[SCALE].buf, views[SCALE].itemsize == 2, views[BIAS].buf};
+    return 0;
+}
+
+static PyObject *binary_linear_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
+    PyObject *t[TENSORS];
+    Py_ssize_t rows, cols, block;
+    if (keywords && PyDict_Size(keywords)) {
+        PyErr_SetString(PyExc_TypeError, "BinaryLinear takes no keyword arguments");
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(args, "OOOOOOnnn:BinaryLinear", &t[SIGN], &t[SECOND], &t[SALIENT], &t[SCALES], &t[SCALE],
+                          &t[BIAS], &rows, &cols, &block) ||
+        check_size("rows", rows) || check_size("cols", cols) || check_block(block))
+        return NULL;
+    struct binary_linear *self = (struct binary_linear *)PyType_GenericAlloc(type, 0); /* zeroed */
+    if (!self)
+        return NULL;
+    self->weight = (struct billm_weight){.rows = (size_t)rows, .cols = (size_t)cols, .block = (size_t)block};
+    self->weight.blocks = blocks_of((size_t)cols, (size_t)block);
+    self->weight.stride = 4 * blocks_of((size_t)cols, 32);
+    if (take_weight(self, t)) {
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    return (PyObject *)self;
+}
+
+static void binary_linear_dealloc(PyObject *object) {
+    struct binary_linear *self = (struct binary_linear *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    release(self->views, TENSORS);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyObject *binary_linear_multiply(PyObject *object, PyObject *const *args, Py_ssize_t count) {
+    const struct binary_linear *self = (const struct binary_linear *)object;
+    if (count != 4)
+        return PyErr_Format(PyExc_TypeError, "multiply: wanted 4 arguments, found %zd", count);
+    Py_buffer views[OPERANDS] = {0};
+    struct billm_epilogue epilogue = self->epilogue;
+    if (args[3] != Py_None) {
+        Py_ssize_t shape[1] = {(Py_ssize_t)self->weight.rows};
+        if (take(args[3], "row_scale", "f", 1, shape, 0, &views[ROW_SCALE])) {
+            release(views, OPERANDS);
+            return NULL;
+        }
+        epilogue.scale = views[ROW_SCALE].buf;
+        epilogue.scale_is_half = 0;
+    }
+    PyObject *result = product(&self->weight, &epilogue, args[0], args[1], args[2], views);
+    release(views, OPERANDS);
+    return result;
+}
+
+static PyMethodDef binary_linear_methods[] = {
+    {"multiply", (PyCFunction)(void (*)(void))binary_linear_multiply, METH_FASTCALL,
+     "multiply(values, x_scales, out, row_scale or None): write out [tokens, rows]"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot binary_linear_slots[] = {
+    {Py_tp_new, (void *)binary_linear_new},
+    {Py_tp_dealloc, (void *)binary_linear_dealloc},
+    {Py_tp_methods, binary_linear_methods},
+    {0, NULL},
+};
+
+static PyType_Spec binary_linear_spec = {
+    .name = "billm_rt.cpu._native.BinaryLinear",
+    .basicsize = sizeof(struct binary_linear),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = binary_linear_slots,
+};
+
+/* ---- functions ---- */
+
+static PyObject *int8_linear(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *weight, *scale, *x, *x_scale, *out;
+    Py_ssize_t block;
+    if (!PyArg_ParseTuple(args, "OOOOnO:int8_linear", &weight, &scale, &x, &x_scale, &block, &out) || check_block(block))
+        return NULL;
+    Py_buffer tensors[2] = {0}, views[OPERANDS] = {0};
+    Py_ssize_t shape[2] = {-1, -1};
+    PyObject *result = NULL;
+    if (!take(weight, "weight", "b", 2, shape, 0, &tensors[0]) && !take(scale, "scale", "ef", 1, shape, 0, &tensors[1]) &&
+        !check_size("rows", shape[0]) && !check_size("cols", shape[1])) {
+        struct billm_weight w = {.rows = (size_t)shape[0], .cols = (size_t)shape[1], .block = (size_t)block};
+        w.stride = w.cols;
+        w.blocks = blocks_of(w.cols, w.block);
+        w.values = tensors[0].buf;
+        struct billm_epilogue epilogue = {tensors[1].buf, tensors[1].itemsize == 2, NULL};
+        result = product(&w, &epilogue, x, x_scale, out, views);
+    }
+    release(views, OPERANDS);
+    release(tensors, 2);
+    return result;
+}
+
+static PyObject *quantize_checked(PyObject *const objects[4], Py_ssize_t block, Py_buffer *views) {
+    Py_ssize_t shape[2] = {-1, -1};
+    if (take(objects[0], "x", "f", 2, shape, 0, &views[0]) || check_size("cols", shape[1]))
+        return NULL;
+    size_t cols = (size_t)shape[1];
+    Py_ssize_t scales_shape[2] = {shape[0], (Py_ssize_t)blocks_of(cols, (size_t)block)};
+    if ((objects[1] != Py_None && take(objects[1], "col_scale", "f", 1, &shape[1], 0, &views[1])) ||
+        take(objects[2], "values", "b", 2, shape, 1, &views[2]) || take(objects[3], "scales", "f", 2, scales_shape, 1, &views[3]))
+        return NULL;
+    for (int i = 0; i < 4; i++)
+        if (i != 2 && (uintptr_t)views[i].buf % sizeof(float)) {
+            PyErr_SetString(PyExc_ValueError, "x, col_scale, scales: wanted memory aligned to 4 bytes");
+            return NULL;
+        }
+    Py_BEGIN_ALLOW_THREADS
+    billm_quantize(views[0].buf, views[1].buf, (size_t)shape[0], cols, (size_t)block, views[2].buf, views[3].buf);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *quantize(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *objects[4];
+    Py_ssize_t block;
+    if (!PyArg_ParseTuple(args, "OOnOO:quantize", &objects[0], &objects[1], &block, &objects[2], &objects[3]) ||
+        check_block(block))
+        return NULL;
+    Py_buffer views[4] = {0};
+    PyObject *result = quantize_checked(objects, block, views);
+    release(views, 4);
+    return result;
+}
+
+static PyObject *isa(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    return PyUnicode_FromString(billm_selected());
+}
+
+static PyObject *supported_isas(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    const char *names[4];
+    size_t count = billm_supported(names);
+    PyObject *result = PyTuple_New((Py_ssize_t)count);
+    for (size_t i = 0; result && i < count; i++) {
+        PyObject *name = PyUnicode_FromString(names[i]);
+        if (!name || PyTuple_SetItem(result, (Py_ssize_t)i, name))
+            Py_CLEAR(result);
+    }
+    return result;
+}
+
+static PyObject *select_isa(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *name;
+    if (!PyArg_ParseTuple(args, "U:select_isa", &name))
+        return NULL;
+    const char *text = PyUnicode_AsUTF8AndSize(name, NULL);
+    if (!text)
+        return NULL;
+    if (billm_select(text))
+        return PyErr_Format(PyExc_ValueError, "instruction set %R is not one that this machine can run", name);
+    Py_RETURN_NONE;
+}
+
+static PyObject *set_threads(PyObject *module, PyObject *args) {
+    (void)module;
+    int count;
+    if (!PyArg_ParseTuple(args, "i:set_threads", &count))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    billm_pool_set_threads(count);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *threads(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    return PyLong_FromLong(billm_pool_threads());
+}
+
+static PyMethodDef methods[] = {
+    {"int8_linear", int8_linear, METH_VARARGS, "int8_linear(weight, scale, values, x_scales, block, out)"},
+    {"quantize", quantize, METH_VARARGS, "quantize(x, col_scale or None, block, values, scales)"},
+    {"isa", isa, METH_NOARGS, "Return the name of the instruction set in use."},
+    {"supported_isas", supported_isas, METH_NOARGS, "Return the names of those this machine can run, best first."},
+    {"select_isa", select_isa, METH_VARARGS, "Use the instruction set of this name."},
+    {"set_threads", set_threads, METH_VARARGS, "Use this many threads, the caller's included."},
+    {"threads", threads, METH_NOARGS, "Return how many threads are used."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int execute(PyObject *module) {
+    PyObject *type = PyType_FromSpec(&binary_linear_spec);
+    int failed = !type || PyModule_AddObjectRef(module, "BinaryLinear", type);
+    Py_XDECREF(type);
+    return failed ? -1 : 0;
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)execute}, {0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "_native", .m_methods = methods, .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,123 @@
+/* Plain C: runs everywhere, and says in the plainest way what every other file must compute. */
+#include "kernels.h"
+
+/* Write the levels of columns col .. col + count (within one block) of a row; col is a multiple of 32. */
+static void decode_block(const struct billm_weight *w, size_t row, size_t col, size_t count, int16_t *out) {
+    const uint8_t *a = w->scales + 4 * (row * w->blocks + col / w->block);
+    int differ = a[2] > a[3] ? a[2] - a[3] : 0, agree = a[2] + a[3] > 255 ? 255 : a[2] + a[3];
+    /* Index: 4 salient + 2 second + sign. */
+    const int level[8] = {-a[0], a[0], -a[1], a[1], -agree, differ, -differ, agree};
+    const uint8_t *sign = w->sign + row * w->stride + col / 8;
+    const uint8_t *second = w->second + row * w->stride + col / 8;
+    const uint8_t *salient = w->salient + col / 8;
+    for (size_t j = 0; j < count; j++) {
+        unsigned index = (unsigned)(salient[j / 8] >> j % 8 & 1) << 2 | (unsigned)(second[j / 8] >> j % 8 & 1) << 1 |
+                         (unsigned)(sign[j / 8] >> j % 8 & 1);
+        out[j] = (int16_t)level[index];
+    }
+}
+
+static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
+    billm_quantize_token(x, col_scale, cols, block, values, scales);
+}
+
+static size_t prepared_bytes(const struct billm_weight *w) {
+    return w->cols;
+}
+
+static void prepare(const struct billm_weight *w, const int8_t *x, void *prepared) {
+    memcpy(prepared, x, w->cols);
+}
+
+static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row, size_t end,
+                        float *acc) {
+    const int8_t *x = prepared;
+    for (; row < end; row++) {
+        float total = 0.0f;
+        for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
+            int16_t level[BILLM_MAX_BLOCK];
+            size_t n = billm_min(w->block, w->cols - col);
+            decode_block(w, row, col, n, level);
+            int32_t sum = 0;
+            for (size_t j = 0; j < n; j++)
+                sum += level[j] * x[col + j];
+            total += x_scale[b] * (float)sum;
+        }
+        *acc++ = total;
+    }
+}
+
+static void int8_gemv(const struct billm_weight *w, const int8_t *x, const float *x_scale, size_t row, size_t end,
+                      float *acc) {
+    for (; row < end; row++) {
+        const int8_t *values = w->values + row * w->stride;
+        float total = 0.0f;
+        for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
+            size_t stop = billm_min(col + w->block, w->cols);
+            int32_t sum = 0;
+            for (size_t j = col; j < stop; j++)
+                sum += values[j] * x[j];
+            total += x_scale[b] * (float)sum;
+        }
+        *acc++ = total;
+    }
+}
+
+/* A tile is int16 [TILE_ROWS][BILLM_TILE_COLS], a packed token int16 [cols]. */
+enum { TILE_ROWS = 4 };
+
+static void binary_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    int16_t *out = tile;
+    memset(out, 0, TILE_ROWS * BILLM_TILE_COLS * sizeof *out);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < cols; j += w->block)
+            decode_block(w, row + r, col + j, billm_min(w->block, cols - j), out + r * BILLM_TILE_COLS + j);
+}
+
+static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    int16_t *out = tile;
+    memset(out, 0, TILE_ROWS * BILLM_TILE_COLS * sizeof *out);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < cols; j++)
+            out[r * BILLM_TILE_COLS + j] = w->values[(row + r) * w->stride + col + j];
+}
+
+static void pack(const int8_t *x, size_t cols, void *packed) {
+    int16_t *out = packed;
+    memset(out, 0, billm_round_up(cols, BILLM_UNIT) * sizeof *out);
+    for (size_t j = 0; j < cols; j++)
+        out[j] = x[j];
+}
+
+static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
+                     size_t scale_stride, size_t tokens, float *acc) {
+    for (size_t t = 0; t < tokens; t++, acc += TILE_ROWS) {
+        const int16_t *activation = (const void *)((const uint8_t *)x + t * x_stride);
+        for (size_t r = 0; r < TILE_ROWS; r++) {
+            const int16_t *level = (const int16_t *)tile + r * BILLM_TILE_COLS;
+            const float *scale = x_scale + t * scale_stride;
+            for (size_t col = 0; col < cols; col += block) {
+                size_t stop = billm_min(col + block, cols);
+                int32_t sum = 0;
+                for (size_t j = col; j < stop; j++)
+                    sum += level[j] * activation[j];
+                acc[r] += *scale++ * (float)sum;
+            }
+        }
+    }
+}
+
+const struct billm_isa billm_portable = {
+    .name = "portable",
+    .tile_rows = TILE_ROWS,
+    .packed_bytes = sizeof(int16_t),
+    .quantize = quantize,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
+    .binary_gemv = binary_gemv,
+    .int8_gemv = int8_gemv,
+    .binary_tile = binary_tile,
+    .int8_tile = int8_tile,
+    .pack = pack,
+    .multiply = multiply,
+};
