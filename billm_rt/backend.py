@@ -73,10 +73,10 @@ class Backend(Protocol):
 def choose(device: str, *, exact: bool = False, threads: int | None = None) -> Backend:
     """Return the back end for `device` ("auto" or "cpu"); UsageError names what is not there.
 
-    `exact` takes the float32 NumPy path; else the native kernels, or, when they are missing, that same NumPy path.
+    `exact` takes the float32 NumPy path; else int8 activations, by the native kernels where they can be loaded.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads: wanted at least 1, found {threads}")
+    if threads is not None and not 1 <= threads <= 256:
+        raise UsageError(f"--threads {threads}: wanted 1 to 256")
     if device.split(":")[0] == "cuda":
         raise UsageError(f"--device {device}: this version has no GPU back end yet; use --device cpu")
     if device not in ("auto", "cpu"):
@@ -86,9 +86,7 @@ def choose(device: str, *, exact: bool = False, threads: int | None = None) -> B
     from billm_rt.reference import ReferenceBackend
 
     if exact:
-        return ReferenceBackend("exact", "the exact path was asked for: float32 NumPy, slow")
-    if not cpu.available():
-        return ReferenceBackend("numpy", "the native CPU library is missing: the NumPy path is right but slow")
+        return ReferenceBackend("exact", "float32 NumPy, slow: the exact path was asked for")
     if threads is not None:
         cpu.set_threads(threads)
     return CpuBackend()

@@ -1,4 +1,4 @@
-"""The CPU back end: linear layers and the head by the native kernels on int8 activations, the rest in NumPy."""
+"""The CPU back end: linear layers and the head on int8 activations by `billm_rt.cpu`, the rest in NumPy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,11 +30,12 @@ class _Shared:
 
 
 class CpuBackend(ReferenceBackend):
-    """`ReferenceBackend` with native binary and int8 linear layers."""
+    """`ReferenceBackend` with the binary and int8 linear layers of `billm_rt.cpu`: native, or NumPy where that is missing."""
 
     def __init__(self) -> None:
-        # int16: see KVCache
-        super().__init__(cpu.isa(), f"native CPU kernels ({cpu.isa()})", np.int16)
+        why = cpu.unavailable_reason()
+        reason = f"native kernels, {cpu.isa()}" if why is None else f"NumPy, right but many times slower: {why}"
+        super().__init__(cpu.isa(), reason, np.int16)  # int16: see KVCache
 
     def load_linears(self, linears: Sequence[PackedLinear]) -> Any:
         """Sort the Linears by the quantized activation they can share."""
@@ -54,14 +55,11 @@ class CpuBackend(ReferenceBackend):
         for shared in group:
             activations = cpu.quantize(x, shared.block, shared.col_scale)
             for place, linear in shared.members:
-                y = cpu.binary_linear(linear, activations)
-                if linear.bias is not None:
-                    y += linear.bias
-                out[place] = y
+                out[place] = cpu.binary_linear(linear, activations)
         return [out[place] for place in range(len(out))]
 
     def head(self, x: Array, table: Any) -> Array:
-        """Multiply by int8 rows natively; a float16 table goes the NumPy way."""
+        """Multiply by int8 rows on int8 activations; a float16 table goes the float32 way."""
         if table.scale is None:
             return super().head(x, table)
         return cpu.int8_linear(table.weight, table.scale, cpu.quantize(x, _HEAD_BLOCK))

@@ -1,0 +1,214 @@
+"""Streams: stop strings, half characters, prompt reuse, and why a stream ends."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from random_model import make_random_billm, tiny_config
+
+import billm_rt
+from billm_format.config import Quantization
+from billm_format.errors import UsageError
+from billm_rt import Chunk, Sampling
+from billm_rt.cache import KVCache
+from billm_rt.generate import HeldBack
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture
+def model(tmp_path: Path, seed: int) -> Any:
+    """A tiny random model on the exact path, 128 tokens of context."""
+    make_random_billm(tmp_path / "m.billm", tiny_config(), Quantization(block_size=64), seed)
+    with billm_rt.load(tmp_path / "m.billm", exact=True) as loaded:
+        yield loaded
+
+
+class Scripted:
+    """Stands in for a model: says the given tokens, whatever it reads, and records what it was made to read."""
+
+    def __init__(self, model: billm_rt.Model, script: Sequence[int]) -> None:
+        self.config, self.tokenizer, self.new_cache = model.config, model.tokenizer, model.new_cache
+        self.script = list(script)
+        self.read: list[list[int]] = []
+
+    def forward(self, ids: Sequence[int], cache: KVCache, *, logits: str) -> np.ndarray:
+        assert logits == "last"
+        self.read.append(list(ids))
+        cache.require(len(ids))
+        cache.commit(ids)
+        row = np.zeros((1, self.config.vocab_size), np.float32)
+        row[0, self.script.pop(0)] = 10
+        return row
+
+
+def run(model: Any, prompt: str | Sequence[int] = "hi", **options: Any) -> list[Chunk]:
+    from billm_rt.generate import generate
+
+    chunks = list(generate(model, prompt, sampling=options.pop("sampling", GREEDY), **options))
+    assert all(chunk.finish_reason is None and chunk.stats is None for chunk in chunks[:-1])
+    assert chunks[-1].finish_reason is not None
+    assert chunks[-1].stats is not None
+    return chunks
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def test_end_of_text_ends_the_answer_and_is_not_shown(model: Any) -> None:
+    said = "Grüße, 你好 🙂🙃!"
+    ids = model.tokenizer.encode(said, add_bos=False)
+    chunks = run(Scripted(model, [*ids, 257, 0]), max_tokens=500)
+    assert text_of(chunks) == said
+    assert [chunk.token_id for chunk in chunks] == [*ids, 257]
+    assert chunks[-1].finish_reason == "eos"
+    assert chunks[-1].stats.generated_tokens == len(ids) + 1
+    assert not any("\ufffd" in chunk.text for chunk in chunks)
+
+
+def test_answer_cut_inside_a_character_shows_the_replacement_character(model: Any) -> None:
+    ids = model.tokenizer.encode("a🙂", add_bos=False)
+    chunks = run(Scripted(model, ids), max_tokens=len(ids) - 1)
+    assert text_of(chunks) == "a\ufffd"
+    assert chunks[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stop", [["STOP"], ["zzz", "OP he"], ["ST", "STOP"], ["here", "S"], ["🙃"], [" and"]])
+def test_stop_strings_across_tokens(model: Any, stop: list[str]) -> None:
+    said = "Go on SSTOSTand 🙂 and 🙃 then STOP here"
+    wanted = said[: min(said.find(s) for s in stop if s in said)]
+    chunks = run(Scripted(model, model.tokenizer.encode(said, add_bos=False)), stop=stop, max_tokens=500)
+    assert text_of(chunks) == wanted
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_text_that_only_begins_like_a_stop_string_is_shown_in_the_end(model: Any) -> None:
+    ids = model.tokenizer.encode("it is USER", add_bos=False)
+    for script, reason in [([*ids, 257], "eos"), (ids, "length")]:
+        chunks = run(Scripted(model, script), stop=["USER:"], max_tokens=len(script))
+        assert text_of(chunks) == "it is USER"
+        assert chunks[-1].finish_reason == reason
+
+
+def test_held_back_text_never_loses_or_leaks(rng: np.random.Generator) -> None:
+    """Random texts over two letters, cut at random places, against a search in the whole text."""
+    for _ in range(300):
+        text = "".join(rng.choice(["a", "b"], 25))
+        stops = ["".join(rng.choice(["a", "b"], rng.integers(1, 7))) for _ in range(rng.integers(1, 4))]
+        held, shown, stopped, place = HeldBack(stops), "", False, 0
+        while place < len(text) and not stopped:
+            step = int(rng.integers(1, 5))
+            piece, stopped = held.add(text[place : place + step])
+            shown, place = shown + piece, place + step
+        shown += "" if stopped else held.flush()
+        seen = text[:place]  # what had come when the stream stopped
+        first = min((seen.find(stop) for stop in stops if stop in seen), default=-1)
+        assert stopped == (first >= 0), (text, stops)
+        assert shown == (seen[:first] if stopped else text), (text, stops)
+
+
+def test_context_ends_the_answer(model: Any) -> None:
+    chunks = run(model, list(range(120)), max_tokens=500, sampling=Sampling(temperature=1, seed=1))
+    while chunks[-1].finish_reason == "eos":  # a random model may say so at any time
+        chunks = run(model, list(range(120)), max_tokens=500, sampling=Sampling(temperature=1))
+    assert chunks[-1].finish_reason == "context"
+    assert len(chunks) == 128 - 120 + 1
+    full = run(model, list(range(128)), max_tokens=500)
+    assert len(full) == 1
+    assert full[-1].finish_reason in ("context", "eos")
+
+
+def test_stream_equals_a_plain_loop_over_logits(model: Any) -> None:
+    ids = model.tokenizer.encode("once upon")
+    assert ids[0] == model.tokenizer.bos_token_id == 256
+    wanted = list(ids)
+    for _ in range(12):
+        wanted.append(int(model.logits(wanted)[-1].argmax()))
+    found = [chunk.token_id for chunk in run(model, "once upon", max_tokens=12)]
+    assert found == wanted[len(ids) :][: len(found)]
+    assert len(found) == 12 or found[-1] in model.tokenizer.eos_token_ids
+
+
+def test_same_seed_same_answer(model: Any, seed: int) -> None:
+    def answer(seed: int) -> list[int | None]:
+        sampling = Sampling(temperature=5, top_p=0.99, repeat_penalty=1.1, seed=seed)
+        return [chunk.token_id for chunk in run(model, "abc", max_tokens=20, sampling=sampling)]
+
+    assert answer(seed) == answer(seed)
+    assert len({tuple(answer(seed + i)) for i in range(5)}) > 1
+
+
+def test_repetition_penalty_sees_prompt_and_answer(model: Any) -> None:
+    plain = [chunk.token_id for chunk in run(model, "abc", max_tokens=15)]
+    strong = Sampling(temperature=0, repeat_penalty=100, repeat_last_n=-1)
+    ids = model.tokenizer.encode("abc")
+    chunks = run(model, "abc", max_tokens=15, sampling=strong)
+    said = [chunk.token_id for chunk in chunks]
+    assert len(set(said)) == len(said)
+    assert not set(said) & set(ids)
+    assert said != plain or len(set(plain)) == len(plain)
+
+
+def test_a_cache_is_reused_as_far_as_it_agrees(model: Any) -> None:
+    script = model.tokenizer.encode("fine thanks", add_bos=False)
+    first = model.tokenizer.encode("how are you")
+    cache = model.new_cache()
+    fake = Scripted(model, [*script, 257])
+    run(fake, first, cache=cache)
+    # The end-of-text token was said but never read: nothing comes after it.
+    assert cache.tokens == first + script
+    second = [*first, *script, 257, 40, 41, 42]
+    fake = Scripted(model, [257])
+    stats = run(fake, second, cache=cache)[-1].stats
+    assert fake.read == [[257, 40, 41, 42]]
+    assert (stats.prompt_tokens, stats.reused_tokens) == (len(second), len(first) + len(script))
+    edited = [*first[:3], 77]
+    fake = Scripted(model, [257])
+    run(fake, edited, cache=cache)
+    assert fake.read == [[77]]
+    assert cache.tokens == edited
+    fake = Scripted(model, [257])  # the very same prompt: its last token is read again, for the logits
+    assert run(fake, edited, cache=cache)[-1].stats.reused_tokens == 3
+    assert fake.read == [[77]]
+
+
+def test_a_reused_cache_gives_the_answer_of_a_fresh_one(model: Any, rng: np.random.Generator) -> None:
+    cache = model.new_cache()
+    history: list[int] = [256]
+    for _ in range(4):
+        history += rng.integers(0, 256, 6).tolist()
+        fresh = [chunk.token_id for chunk in run(model, history, max_tokens=8)]
+        again = [chunk.token_id for chunk in run(model, history, max_tokens=8, cache=cache)]
+        assert again == fresh
+        history = history[: -int(rng.integers(1, 3))] + [token for token in again if token != 257]
+
+
+def test_a_dropped_stream_leaves_a_usable_cache(model: Any) -> None:
+    cache = model.new_cache()
+    stream = model.generate("count with me", max_tokens=50, sampling=GREEDY, cache=cache)
+    seen = [next(stream).token_id for _ in range(3)]
+    stream.close()
+    ids = model.tokenizer.encode("count with me")
+    assert cache.tokens == ids + seen[:2]  # the third was shown, not read yet
+    fresh = [chunk.token_id for chunk in run(model, "count with me", max_tokens=6)]
+    assert [chunk.token_id for chunk in run(model, "count with me", max_tokens=6, cache=cache)] == fresh
+
+
+def test_no_tokens_wanted_only_reads_the_prompt(model: Any) -> None:
+    cache = model.new_cache()
+    (chunk,) = run(model, [1, 2, 3], max_tokens=0, cache=cache)
+    assert (chunk.text, chunk.token_id, chunk.finish_reason) == ("", None, "length")
+    assert cache.tokens == [1, 2, 3]
+
+
+def test_bad_arguments_are_refused_before_the_stream_starts(model: Any) -> None:
+    for options, message in [
+        ({"prompt": []}, "empty"),
+        ({"prompt": "a", "max_tokens": -1}, "--max-tokens -1"),
+        ({"prompt": "a", "stop": ["x", ""]}, "empty stop string"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            model.generate(**options)
