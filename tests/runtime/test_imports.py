@@ -82,6 +82,7 @@ def test_import_loads_nothing_that_it_does_not_need_yet() -> None:
 
 
 def test_import_is_quick() -> None:
-    code = "import time; t = time.perf_counter(); import billm_rt; print(time.perf_counter() - t)"
+    # Processor time: what the rest of the machine does is not the package's doing.
+    code = "import time; t = time.process_time(); import billm_rt; print(time.process_time() - t)"
     best = min(float(_run(code)) for _ in range(3))
     assert best < 0.3, f"import billm_rt takes {best:.2f} s"

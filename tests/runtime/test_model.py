@@ -1,4 +1,4 @@
-"""The decoder against itself: token by token, in chunks, after a cut, after an interrupt; and the int8 path against NumPy."""
+"""The decoder against itself (one by one, in chunks, after a cut, after an interrupt); the int8 path against NumPy."""
 
 import tracemalloc
 from collections.abc import Sequence

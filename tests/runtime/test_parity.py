@@ -66,9 +66,9 @@ def test_exact_path_equals_hugging_face(case: str, tmp_path: Path, rng: np.rando
 @pytest.mark.skipif(not cpu.available(), reason="the native CPU library is not built")
 @pytest.mark.parametrize("case", CASES)
 def test_int8_activations_stay_close(case: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    """Rounding a block of Gaussian activations to int8 adds about 0.6 % noise (absmax 2.5 to 3 sigma, step absmax / 127,
-    noise step / sqrt(12)). Nine to eleven such roundings lie on the way to a logit of these two-layer models; adding up
-    as independent noise, each amplified about twice by softmax and norms, they make 2 to 4 %.
+    """Rounding a block of Gaussian activations to int8 adds about 0.6 % noise: absmax is 2.5 to 3 sigma, the step is
+    absmax / 127, the noise step / sqrt(12). Nine such roundings lie on the way to a logit of these two-layer models;
+    adding up as independent noise, each amplified about twice by softmax and norms, they make 2 to 4 %.
     """
     family, changes, rope = CASES[case]
     config = tiny_config(family, **changes)
