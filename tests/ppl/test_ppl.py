@@ -1,7 +1,6 @@
 """The protocol, against a loop over single tokens in float64."""
 
 import math
-import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,13 +13,6 @@ from billm_format.errors import CorruptFileError, UsageError
 from billm_rt import ppl
 
 
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def reference(model: FakeModel, windows: list[list[int]], scored: list[range]) -> list[float]:
     """-log p of every scored token, from float64 softmax over the logits of its own context."""
     nlls = []
@@ -29,6 +21,11 @@ def reference(model: FakeModel, windows: list[list[int]], scored: list[range]) -
             logits = [float(x) for x in model.context_logits(window[:position])]
             nlls.append(math.log(sum(math.exp(x) for x in logits)) - logits[window[position]])
     return nlls
+
+
+def softmax(logits: NDArray[np.float32]) -> list[float]:
+    weights = [math.exp(float(x)) for x in logits]
+    return [weight / sum(weights) for weight in weights]
 
 
 def check(result: ppl.Result, nlls: list[float], windows: int) -> None:
@@ -153,6 +150,33 @@ def test_progress_sees_every_window_and_the_running_perplexity(rng: np.random.Ge
     assert seen[-1][1] == pytest.approx(result.perplexity)
     first = ppl.measure(parts[:1], ppl.model_scorer(model)[0], "paper")
     assert seen[0][1] == pytest.approx(first.perplexity)
+
+
+def test_divergence_equals_a_loop_over_probabilities(rng: np.random.Generator) -> None:
+    reference_model, other_model = FakeModel(rng, 20), FakeModel(rng, 20)
+    parts = ppl.cut(rng.integers(0, 20, 60), 30, None, "paper")
+    divergence = ppl.Divergence()
+    scorer = ppl.paired(ppl.model_scorer(reference_model)[0], ppl.model_scorer(other_model)[0], divergence)
+    result = ppl.measure(parts, scorer, "paper")
+    assert result.nll == ppl.measure(parts, ppl.model_scorer(reference_model)[0], "paper").nll
+    expected, same = [], 0
+    for part in parts:
+        for position in range(1, 30):
+            p, q = (softmax(m.context_logits(part[:position].tolist())) for m in (reference_model, other_model))
+            expected.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+            same += p.index(max(p)) == q.index(max(q))
+    mean, stderr = divergence.mean()
+    assert mean == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert stderr == pytest.approx(np.std(expected, ddof=1) / math.sqrt(len(expected)), rel=1e-5)
+    assert (divergence.same_top, divergence.tokens) == (same, len(expected))
+
+
+def test_divergence_of_a_model_from_itself_is_nothing(rng: np.random.Generator) -> None:
+    logits = (rng.normal(0, 50, (9, 300))).astype(np.float32)
+    divergence = ppl.Divergence()
+    divergence.add(logits, logits + np.float32(3))  # a constant does not change a distribution
+    assert abs(divergence.mean()[0]) < 1e-5
+    assert divergence.same_top == 9
 
 
 @pytest.mark.parametrize(
