@@ -97,7 +97,7 @@ class DecoderBlock:
         return inner
 
     def _heads(self, name: str, x: Tensor, heads: int) -> Tensor:
-        return self._linear(name, x).unflatten(-1, (heads, self._config.head_dim)).transpose(1, 2)
+        return self._linear(name, x).view(*x.shape[:2], heads, self._config.head_dim).transpose(1, 2)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))

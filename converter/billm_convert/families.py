@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from billm_format.config import ModelConfig
@@ -47,7 +46,7 @@ def check_supported(model_type: object, where: str) -> None:
         raise UsageError(f"{where}: models of type {model_type!r} are not supported; supported are {known}")
 
 
-def family_from_hf(hf: PreTrainedConfig, eos_token_ids: tuple[int, ...]) -> Family:
+def family_from_hf(hf: Any, eos_token_ids: tuple[int, ...]) -> Family:
     """Translate a Hugging Face configuration; `eos_token_ids` are what ends an answer.
 
     Raises UsageError where the model has something that the format does not hold.
@@ -61,7 +60,7 @@ def family_from_hf(hf: PreTrainedConfig, eos_token_ids: tuple[int, ...]) -> Fami
         raise UsageError(f"config.json does not describe a usable model: {error}") from None
 
 
-def _common(hf: PreTrainedConfig, eos: tuple[int, ...], activation: str) -> dict[str, Any]:
+def _common(hf: Any, eos: tuple[int, ...], activation: str) -> dict[str, Any]:
     if activation not in _ACTIVATIONS:
         raise UsageError(f"activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
     bos = hf.bos_token_id
@@ -80,7 +79,7 @@ def _common(hf: PreTrainedConfig, eos: tuple[int, ...], activation: str) -> dict
     }
 
 
-def _llama_like(hf: PreTrainedConfig, eos: tuple[int, ...]) -> Family:
+def _llama_like(hf: Any, eos: tuple[int, ...]) -> Family:
     attention_bias = bool(getattr(hf, "attention_bias", False))
     inv_freq, rope_scale = rope_frequencies(hf)
     config = ModelConfig(
@@ -106,7 +105,7 @@ def _llama_like(hf: PreTrainedConfig, eos: tuple[int, ...]) -> Family:
     return Family(config, inv_freq)
 
 
-def _opt(hf: PreTrainedConfig, eos: tuple[int, ...]) -> Family:
+def _opt(hf: Any, eos: tuple[int, ...]) -> Family:
     biased = bool(hf.enable_bias)
     config = ModelConfig(
         **_common(hf, eos, hf.activation_function),
@@ -131,7 +130,7 @@ def _opt(hf: PreTrainedConfig, eos: tuple[int, ...]) -> Family:
     return Family(config, None, plain_norms=not hf.layer_norm_elementwise_affine)
 
 
-def _head_dim(hf: PreTrainedConfig) -> int:
+def _head_dim(hf: Any) -> int:
     given = getattr(hf, "head_dim", None)
     if given:
         return int(given)
@@ -140,7 +139,7 @@ def _head_dim(hf: PreTrainedConfig) -> int:
     return int(hf.hidden_size // hf.num_attention_heads)
 
 
-def _sliding_window(hf: PreTrainedConfig) -> int | None:
+def _sliding_window(hf: Any) -> int | None:
     window = getattr(hf, "sliding_window", None)
     if not window or getattr(hf, "use_sliding_window", True) is False:
         return None
@@ -155,7 +154,7 @@ def _sliding_window(hf: PreTrainedConfig) -> int | None:
     return int(window)
 
 
-def rope_frequencies(hf: PreTrainedConfig) -> tuple[Tensor, float]:
+def rope_frequencies(hf: Any) -> tuple[Tensor, float]:
     """Return the rotary frequencies float32 [head_dim / 2] and the factor on cos and sin."""
     parameters = hf.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
     kind = parameters.get("rope_type", "default")

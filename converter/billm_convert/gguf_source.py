@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from billm_convert.families import ROPE_TYPES, SUPPORTED, Family, family_from_hf, gguf_name
 from billm_convert.source import ModelSource
@@ -18,7 +18,7 @@ from billm_format.config import ModelConfig
 from billm_format.errors import UsageError
 
 # GGUF's architecture -> the configuration class whose meaning it has. Mistral files call themselves "llama".
-_ARCHITECTURES: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+_ARCHITECTURES: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
 class GgufSource(ModelSource):
@@ -163,8 +163,8 @@ def unpermute(value: Tensor, heads: int) -> Tensor:
 
     GGUF pairs neighbouring rows for the rotary embedding; Hugging Face and the format pair row i with i + head_dim / 2.
     """
-    split = value.unflatten(0, (heads, value.shape[0] // heads // 2, 2))
-    return split.transpose(1, 2).flatten(0, 2).contiguous()
+    split = value.reshape(heads, -1, 2, *value.shape[1:])
+    return split.transpose(1, 2).reshape(value.shape)
 
 
 def _open(path: Path) -> gguf.GGUFReader:

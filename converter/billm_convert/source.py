@@ -55,6 +55,11 @@ class ModelSource(ABC):
         """Return the names of all tensors that the configuration calls for."""
         return [*self._shapes, *(["rope.inv_freq"] if self.family.inv_freq is not None else [])]
 
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of decoder layer `index`, without their prefix: "q_proj.weight", ..."""
+        prefix = f"layers.{index}."
+        return {name.removeprefix(prefix): self.tensor(name) for name in self._shapes if name.startswith(prefix)}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the tensor `name`."""
         return self._shapes[name]
@@ -164,7 +169,8 @@ class HfSource(ModelSource):
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         stored = self._stored_name(name)
         with safe_open(self._where[stored], framework="pt") as file:
-            return file.get_slice(stored)[start:stop]
+            value: Tensor = file.get_slice(stored)[start:stop]
+            return value
 
     def tokenizer(self) -> TokenizerFiles:
         """Return the tokenizer as the file will hold it."""

@@ -143,11 +143,11 @@ def _from_sentencepiece(path: Path, settings: dict[str, Any]) -> bytes:
         raise UsageError(f"{file} cannot be turned into a tokenizer ({' '.join(str(error).split())[:300]})") from None
     # A space goes in front of every stretch of plain text, one that begins with a space included. That is what
     # SentencePiece itself does; transformers' own scheme leaves out the second of two leading spaces.
-    fast.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])  # type: ignore[assignment]
-    fast.pre_tokenizer = None  # type: ignore[assignment]
+    fast.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    fast.pre_tokenizer = None
     bos = _special_tokens(path, settings)["bos_token"]
     if bos is None or not settings.get("add_bos_token", True):
-        fast.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])  # type: ignore[assignment]
+        fast.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     _compare(file, fast, slow)
     return fast.to_str().encode()
 

@@ -1,0 +1,21 @@
+"""Turn a full-precision language model into one `.billm` file. torch and transformers load at the first conversion."""
+
+from os import PathLike
+
+from billm_convert.settings import ConvertReport, ConvertSettings, Event, LinearReport, Progress
+
+__all__ = ["ConvertReport", "ConvertSettings", "Event", "LinearReport", "Progress", "convert"]
+
+
+def convert(
+    model: str | PathLike[str],
+    out: str | PathLike[str],
+    settings: ConvertSettings | None = None,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Convert MODEL, a Hugging Face folder or a `.gguf` file, to the `.billm` file `out`; see `pipeline.convert`."""
+    from pathlib import Path
+
+    from billm_convert import pipeline
+
+    return pipeline.convert(Path(model), Path(out), settings, progress)

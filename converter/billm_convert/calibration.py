@@ -1,0 +1,110 @@
+"""Calibration windows: which tokens the Hessians are made of, drawn as the paper's code draws them."""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from billm_convert.settings import SELF
+from billm_format.errors import UsageError
+from billm_rt import texts
+from billm_rt.tokenizer import Tokenizer
+
+Tokens = NDArray[np.int64]  # [windows, seqlen]
+
+DEFAULT = "wikitext2"
+FALLBACK = "pydoc"  # where the default text is not at hand: works offline on a fresh machine
+
+# Sets of independent documents: a window never crosses from one into the next. The others are joined.
+_DOCUMENT_SETS = ("c4", "openwebtext")
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text chosen for calibration; `text` is None for "self"."""
+
+    choice: str
+    text: texts.Text | None
+
+    @property
+    def name(self) -> str:
+        """What the conversion record says."""
+        return "sampled from the full-precision model" if self.text is None else self.text.name
+
+    @property
+    def sha256(self) -> str | None:
+        """Digest of the whole text; a sampled one is known by its tokens alone."""
+        return None if self.text is None else self.text.sha256
+
+
+def choose_text(calib: str | None) -> tuple[CalibrationText, str | None]:
+    """Load the text that `calib` names; for None the default or, where it is not at hand, the fallback and a note."""
+    if calib == SELF:
+        return CalibrationText(SELF, None), None
+    if calib is not None:
+        return CalibrationText(calib, texts.load(calib, "train")), None
+    try:
+        return CalibrationText(DEFAULT, texts.load(DEFAULT, "train")), None
+    except UsageError as error:
+        chosen = CalibrationText(FALLBACK, texts.load(FALLBACK, "train"))
+        return chosen, f"calibrating on {chosen.name}, because {error}"
+
+
+def draw_windows(chosen: CalibrationText, tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int) -> Tokens:
+    """Return `nsamples` windows of `seqlen` tokens, int64 [nsamples, seqlen]; the same seed draws the same ones.
+
+    Raises UsageError with the numbers when the text is too short.
+    """
+    if chosen.text is None:
+        raise ValueError("a sampled text has no windows to draw")
+    by_document = chosen.choice in _DOCUMENT_SETS or chosen.choice.removesuffix(".gz").endswith(".jsonl")
+    draw = _from_documents if by_document else _from_joined
+    return draw(chosen.text, tokenizer, nsamples, seqlen, random.Random(seed))
+
+
+def _from_joined(text: texts.Text, tokenizer: Tokenizer, nsamples: int, seqlen: int, rng: random.Random) -> Tokens:
+    ids = np.array(tokenizer.encode(text.joined), dtype=np.int64)
+    if len(ids) <= seqlen:
+        raise UsageError(
+            f"{text.name} is {len(ids):,} tokens long, too short for windows of {seqlen:,}; give --seqlen "
+            f"{max(2, len(ids) // 2)} or less, or a longer text"
+        )
+    starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]
+    return np.stack([ids[start : start + seqlen] for start in starts])
+
+
+def _from_documents(text: texts.Text, tokenizer: Tokenizer, nsamples: int, seqlen: int, rng: random.Random) -> Tokens:
+    """Draw a random document until one is longer than the window, then a random window of it."""
+    lengths: dict[int, int] = {}
+    picked: list[NDArray[np.int64]] = []
+    while len(picked) < nsamples:
+        index = rng.randrange(len(text.documents))
+        if lengths.get(index, seqlen + 1) <= seqlen:
+            continue
+        ids = np.array(tokenizer.encode(text.documents[index]), dtype=np.int64)
+        lengths[index] = len(ids)
+        if len(ids) > seqlen:
+            start = rng.randint(0, len(ids) - seqlen - 1)
+            picked.append(ids[start : start + seqlen])
+        elif len(lengths) == len(text.documents) and max(lengths.values()) <= seqlen:
+            raise UsageError(
+                f"{text.name}: none of its {len(lengths):,} documents is longer than {seqlen:,} tokens (the longest "
+                f"has {max(lengths.values()):,}); give a smaller --seqlen or another text"
+            )
+    return np.stack(picked)
+
+
+def describe(chosen: CalibrationText, tokens: Tokens, seed: int) -> dict[str, Any]:
+    """Return what the conversion record says about the calibration."""
+    return {
+        "name": chosen.name,
+        "sha256": chosen.sha256,
+        "nsamples": tokens.shape[0],
+        "seqlen": tokens.shape[1],
+        "tokens": int(tokens.size),
+        "tokens_sha256": hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
+        "seed": seed,
+    }

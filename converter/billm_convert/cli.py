@@ -1,0 +1,150 @@
+"""`billm-convert MODEL OUT.billm`: the command. torch and transformers load only when a conversion begins."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from billm_convert.settings import CPU_CALIBRATION, GPU_CALIBRATION, RECIPES, ConvertReport, ConvertSettings
+from billm_format.command import add_common_options, emit_json, run_command
+from billm_format.config import BLOCK_SIZES
+from billm_format.errors import EXIT_INTERRUPTED, UsageError
+
+SCHEMA, SCHEMA_VERSION = "billm-convert", 1
+
+_EPILOG = """\
+While it runs, finished blocks are kept in the folder OUT.billm.work: after a crash, a kill or Ctrl-C the same command
+with --resume goes on there and ends in the same bytes. Without --calib the text is WikiText-2 (train), from the folder
+that BILLM_DATA names or through the datasets library, and Python's own reference prose where neither has it.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; nothing heavy is imported for `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="billm-convert",
+        description="Binarize a language model into one .billm file.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder (safetensors) or .gguf file")
+    parser.add_argument("out", metavar="OUT.billm", type=Path, help="file to write")
+    default = ConvertSettings()
+    how = parser.add_argument_group("binarization")
+    how.add_argument("--recipe", choices=RECIPES, default=default.recipe, help="how to fit (default: %(default)s)")
+    how.add_argument(
+        "--block-size",
+        type=int,
+        choices=BLOCK_SIZES,
+        default=default.block_size,
+        help="columns that share scales (default: %(default)s)",
+    )
+    how.add_argument(
+        "--max-salient",
+        type=int,
+        default=default.max_salient,
+        metavar="N",
+        help="most salient columns in a block (default: %(default)s)",
+    )
+    how.add_argument(
+        "--damp",
+        type=float,
+        default=default.damp,
+        metavar="X",
+        help="dampening of the Hessian, as a share of its mean diagonal (default: %(default)s)",
+    )
+    how.add_argument(
+        "--embedding-bits",
+        type=int,
+        choices=(8, 16),
+        default=default.embedding_bits,
+        help="bits of embeddings and head (default: %(default)s)",
+    )
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--calib",
+        metavar="TEXT",
+        help="wikitext2, ptb, c4, pydoc, self (written by the model itself), or a .txt or .jsonl file",
+    )
+    data.add_argument(
+        "--nsamples",
+        type=int,
+        metavar="N",
+        help=f"windows (default: {GPU_CALIBRATION[0]} on a GPU, {CPU_CALIBRATION[0]} on a CPU)",
+    )
+    data.add_argument(
+        "--seqlen",
+        type=int,
+        metavar="N",
+        help=f"tokens in each (default: {GPU_CALIBRATION[1]} on a GPU, {CPU_CALIBRATION[1]} on a CPU)",
+    )
+    data.add_argument(
+        "--seed", type=int, default=default.seed, metavar="N", help="of the draw of windows (default: %(default)s)"
+    )
+    run = parser.add_argument_group("running")
+    run.add_argument(
+        "--device", default=default.device, metavar="D", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    run.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    run.add_argument("--resume", action="store_true", help="go on with an unfinished conversion")
+    run.add_argument("--force", action="store_true", help="start over, and replace OUT if it exists")
+    run.add_argument("--report", type=Path, metavar="FILE.json", help="write errors, sizes, time and memory there")
+    # The words of the authors' code.
+    how.add_argument("--percdamp", dest="damp", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    how.add_argument("--blocksize", dest="block_size", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add_common_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert as `args` say and print the result; return the exit code."""
+    fields = ConvertSettings.__dataclass_fields__
+    settings = ConvertSettings(**{name: value for name, value in vars(args).items() if name in fields})
+    if args.report is not None and not args.report.parent.is_dir():
+        raise UsageError(f"{args.report}: there is no folder {args.report.parent}; make it first")
+    # Read when transformers is imported: its notes and bars are about loading, not about this conversion.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from billm_convert import convert
+    from billm_convert.report import Display, print_result
+
+    try:
+        with Display(quiet=args.quiet) as display:
+            report = convert(args.model, args.out, settings, display.show)
+    except KeyboardInterrupt:
+        print(f"{parser_name()}: interrupted{_how_to_resume(args.out)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if args.report is not None:
+        _write_report(args.report, report)
+    if args.json:
+        emit_json(SCHEMA, SCHEMA_VERSION, report.to_json())
+    else:
+        print_result(report, table=not args.quiet)
+    return 0
+
+
+def parser_name() -> str:
+    """Return the command's name as its messages give it."""
+    return "billm-convert"
+
+
+def _how_to_resume(out: Path) -> str:
+    work = out.with_name(out.name + ".work")
+    return f"; finished blocks are kept in {work}: run the same command with --resume to go on" if work.exists() else ""
+
+
+def _write_report(path: Path, report: ConvertReport) -> None:
+    payload: dict[str, Any] = {"schema": SCHEMA, "version": SCHEMA_VERSION, **report.to_json()}
+    path.write_text(json.dumps(payload, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,421 @@
+"""A whole conversion: one decoder block in memory at a time, each calibrated on the binarized blocks before it."""
+
+import platform
+import time
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from billm_convert import resources
+from billm_convert.block import DecoderBlock, Rotary, embed, input_groups
+from billm_convert.calibration import choose_text, describe, draw_windows
+from billm_convert.embedding import EmbeddingTable, to_float16
+from billm_convert.hessian import HessianAccumulator
+from billm_convert.settings import (
+    CPU_CALIBRATION,
+    GPU_CALIBRATION,
+    SELF,
+    ConvertReport,
+    ConvertSettings,
+    Event,
+    LinearReport,
+    Progress,
+)
+from billm_convert.solver import PaperSettings, solve_linear
+from billm_convert.source import ModelSource, open_model
+from billm_convert.tokenizer import TokenizerFiles
+from billm_convert.workdir import WorkFolder
+from billm_format.config import ModelConfig, Quantization
+from billm_format.errors import UsageError
+from billm_format.layout import CHAT_TEMPLATE, TOKENIZER
+from billm_format.packing import PackedLinear
+from billm_format.reader import BillmFile
+from billm_format.writer import Source, write_file
+
+_BATCH_TOKENS = 4096  # tokens run through a block at once: bounds the memory of its inner activations
+
+
+def convert(
+    model: str | Path, out: str | Path, settings: ConvertSettings | None = None, progress: Progress | None = None
+) -> ConvertReport:
+    """Convert MODEL (a Hugging Face folder or a `.gguf` file) to the `.billm` file `out`.
+
+    Peak memory is the calibration's hidden states plus a few times the largest block, whatever the model's size.
+    Finished blocks are kept in the folder `out` + ".work" until the file is whole: `settings.resume` goes on from there
+    and ends in the same bytes. Raises UsageError for a model or an option that cannot be used, DoesNotFitError for too
+    little disk or memory.
+    """
+    started = time.monotonic()
+    conversion = Conversion(model, Path(out), settings or ConvertSettings(), progress or (lambda event: None))
+    return conversion.run(started)
+
+
+class Conversion:
+    """One conversion, everything about it decided and checked before any work is done."""
+
+    def __init__(self, model: str | Path, out: Path, settings: ConvertSettings, progress: Progress) -> None:
+        """Open and check the model and the text, choose what the settings left open, and say so."""
+        _check_out(out)
+        self.out = out
+        self.settings = settings
+        self._progress = progress
+        self.source: ModelSource = open_model(model)
+        self.config: ModelConfig = self.source.config
+        self.device = resources.choose_device(settings.device)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.nsamples, self.seqlen = self._calibration_size()
+        self.tokenizer: TokenizerFiles = self.source.tokenizer()
+        if self.tokenizer.chat_template is None:
+            self.say("the model has no chat template: billm-chat will use a plain one")
+        self.text, note = choose_text(settings.calib)
+        if note:
+            self.say(note)
+        self.quantization = Quantization(settings.block_size, embedding_bits=settings.embedding_bits)
+        self.embedding = EmbeddingTable(self.source, "embed", settings.embedding_bits)
+        self.memory = resources.memory_plan(
+            self.config, self.nsamples * self.seqlen, min(self.nsamples * self.seqlen, self._batch() * self.seqlen)
+        )
+        self._linears: list[LinearReport] = []
+
+    def say(self, text: str) -> None:
+        """Tell whoever watches."""
+        self._progress(Event("note", text=text))
+
+    def _calibration_size(self) -> tuple[int, int]:
+        """Settle windows and their length: the paper's on a GPU, fewer on a CPU, never beyond the model's context."""
+        settings = self.settings
+        on_gpu = self.device.type == "cuda"
+        nsamples, seqlen = GPU_CALIBRATION if on_gpu else CPU_CALIBRATION
+        if settings.nsamples is None and settings.seqlen is None:
+            why = "as in the paper" if on_gpu else "the paper has 128 x 2,048; give --nsamples and --seqlen for that"
+            self.say(f"calibrating on {nsamples} windows of {seqlen:,} tokens ({why})")
+        nsamples, seqlen = settings.nsamples or nsamples, settings.seqlen or seqlen
+        if seqlen > self.config.max_position_embeddings:
+            seqlen = self.config.max_position_embeddings
+            self.say(f"windows cut to {seqlen:,} tokens: that is the model's whole context")
+        return nsamples, seqlen
+
+    def _batch(self) -> int:
+        return max(1, _BATCH_TOKENS // self.seqlen)
+
+    def run(self, started: float) -> ConvertReport:
+        """Do the work that is not done yet, write the file and return what it came to."""
+        with WorkFolder(self.out) as work:
+            state = {"fingerprint": self.fingerprint(), "replace": self.settings.force and self.out.exists()}
+            resumed = self._begin(work, state)
+            if resumed is None:
+                return self._already_done(started)
+            resources.check_memory(self.memory, self.device)
+            resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes())
+            tokens = self._tokens(work)
+            self._run_blocks(work, tokens, resumed)
+            record = {**self.record(), "calibration": describe(self.text, tokens, self.settings.seed)}
+            size = self._assemble(work, record)
+            work.remove()
+        return self._report(started, record, size, resumed)
+
+    # --- beginning and resuming ------------------------------------------------------------------------------------
+
+    def _begin(self, work: WorkFolder, state: dict[str, Any]) -> int | None:
+        """Return how many blocks are finished already; None: the file itself is."""
+        old = work.state()
+        if old is not None and self.settings.resume:
+            _check_same(old.get("fingerprint"), state["fingerprint"], work.path)
+            finished = work.finished_blocks()
+            self.say(f"going on after {finished} of {self.config.num_hidden_layers} blocks")
+            return finished
+        if old is not None and not self.settings.force:
+            raise UsageError(
+                f"{work.path} holds a conversion that was not finished ({work.finished_blocks()} of "
+                f"{self.config.num_hidden_layers} blocks): pass --resume to go on with it or --force to start over"
+            )
+        if self.out.exists() and not self.settings.force:
+            if self.settings.resume and self._is_this_conversion():
+                return None
+            raise UsageError(f"{self.out} exists already: pass --force to replace it")
+        work.begin(state)
+        if self.settings.resume:
+            self.say("there is nothing to resume: starting from the first block")
+        return 0
+
+    def _is_this_conversion(self) -> bool:
+        with BillmFile.open(self.out) as file:
+            return all(file.conversion.get(key) == value for key, value in self.record().items() if key != "layers")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything that the result depends on, and the files' times: resuming wants all of it unchanged."""
+        files = {str(file.name): [file.stat().st_size, file.stat().st_mtime_ns] for file in self.source.files()}
+        return {
+            "model files": files,
+            "model": self.source.identity(),
+            "calibration text": [self.text.name, self.text.sha256],
+            "program": resources.code_digest(),
+            "device": str(self.device),
+            "--threads": torch.get_num_threads(),
+            **{f"--{key.replace('_', '-')}": value for key, value in self.chosen().items()},
+            **_versions(),
+        }
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the options that shape the result, the defaults filled in."""
+        settings = self.settings
+        return {
+            "recipe": settings.recipe,
+            "block_size": settings.block_size,
+            "max_salient": settings.max_salient,
+            "damp": settings.damp,
+            "calib": Path(self.text.choice).name,
+            "nsamples": self.nsamples,
+            "seqlen": self.seqlen,
+            "seed": settings.seed,
+            "embedding_bits": settings.embedding_bits,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Return the conversion record, calibration apart: no times and no paths, the same run gives the same bytes."""
+        return {
+            "recipe": self.settings.recipe,
+            "settings": self.chosen(),
+            "source": {"family": self.config.family, "sha256": self.source.identity()},
+            "device": self.device.type,
+            "versions": _versions(),
+            "layers": [linear.to_json() for linear in self._linears],
+        }
+
+    # --- calibration and blocks --------------------------------------------------------------------------------------
+
+    def _tokens(self, work: WorkFolder) -> NDArray[np.int64]:
+        tokens = work.tokens()
+        if tokens is not None:
+            return tokens
+        if self.text.choice == SELF:
+            from billm_convert.sampling import sample_windows
+
+            def told(done: int, total: int) -> None:
+                self._progress(Event("sampling", done, total))
+
+            seed = self.settings.seed
+            tokens = sample_windows(self.source, self.nsamples, self.seqlen, seed, self.device, told).numpy()
+        else:
+            tokenizer = self.tokenizer.load(self.config)
+            tokens = draw_windows(self.text, tokenizer, self.nsamples, self.seqlen, self.settings.seed)
+        if int(tokens.max()) >= self.config.vocab_size:
+            raise UsageError(f"the tokenizer gives token {tokens.max()}, the model knows {self.config.vocab_size} only")
+        work.save_tokens(tokens)
+        return tokens
+
+    @torch.inference_mode()
+    def _run_blocks(self, work: WorkFolder, tokens: NDArray[np.int64], finished: int) -> None:
+        layers = self.config.num_hidden_layers
+        self._linears = [LinearReport(**record) for i in range(finished) for record in work.block_record(i)]
+        if finished == layers:
+            return
+        rotary = None
+        if self.config.position == "rope":
+            rotary = Rotary(self.source.tensor("rope.inv_freq").to(self.device), self.config.rope_scale, self.seqlen)
+        hidden = self._embed(tokens)
+        for layer in range(layers):
+            weights = {name: value.to(self.device) for name, value in self.source.layer(layer).items()}
+            block = DecoderBlock(self.config, weights, rotary)
+            if layer < finished:
+                for linear in self.config.linears():
+                    weights[f"{linear}.weight"] = self._stored_weight(work, layer, linear)
+            else:
+                self._solve_block(work, layer, block, weights, hidden)
+            if layer + 1 < layers:
+                self._advance(layer, block, hidden)
+
+    def _embed(self, tokens: NDArray[np.int64]) -> Tensor:
+        """Return the first block's input, float32 [windows, seqlen, hidden] on the CPU, from the tables as stored."""
+        tables: dict[str, Tensor] = {
+            name: torch.from_numpy(self._float16(name).astype(np.float32))
+            for name in ("project_in.weight", "pos_embed.weight")
+            if name in self.source.names()
+        }
+        rows = self.embedding.lookup(torch.from_numpy(tokens))
+        return embed(self.config, tables, rows).contiguous()
+
+    def _batches(self, hidden: Tensor) -> list[Tensor]:
+        return list(torch.split(hidden, self._batch()))
+
+    def _solve_block(
+        self, work: WorkFolder, layer: int, block: DecoderBlock, weights: dict[str, Tensor], hidden: Tensor
+    ) -> None:
+        """Binarize the block's Linears on what they read now, store them, and put them in the originals' place."""
+        hessians = self._hessians(layer, block, hidden)
+        paper = PaperSettings(
+            block_size=self.settings.block_size,
+            min_salient=min(3, self.settings.max_salient),
+            max_salient=self.settings.max_salient,
+            damp=self.settings.damp,
+        )
+        stored = {f"layers.{layer}.{name}": value.cpu().numpy() for name, value in weights.items() if "norm" in name}
+        reports = []
+        for group, linears in input_groups(self.config).items():
+            hessian = hessians.pop(group).result()
+            for linear in linears:
+                name = f"layers.{layer}.{linear}"
+                solved = solve_linear(weights[f"{linear}.weight"], hessian, paper)
+                bias = weights.get(f"{linear}.bias")
+                stored |= packed_tensors(name, solved.packed, None if bias is None else bias.cpu().numpy())
+                weights[f"{linear}.weight"] = torch.from_numpy(solved.packed.dequantize()).to(self.device)
+                reports.append(
+                    LinearReport(
+                        name=name,
+                        error=solved.error,
+                        weight_error=solved.weight_error,
+                        salient=solved.salient_fraction,
+                        sparse=solved.sparse_fraction,
+                        damp=solved.damp,
+                    )
+                )
+                self._step(layer, 0.45 + 0.25 * len(reports) / len(self.config.linears()))
+        reports.sort(key=lambda report: list(self.config.linears()).index(report.name.rpartition(".")[2]))
+        work.save_block(layer, stored, [vars(report) for report in reports])
+        self._linears += reports
+        self._step(layer, 0.7, tuple(reports))
+
+    def _hessians(self, layer: int, block: DecoderBlock, hidden: Tensor) -> dict[str, HessianAccumulator]:
+        shapes = self.config.linears()
+        hessians = {
+            group: HessianAccumulator(shapes[linears[0]][1], self.device)
+            for group, linears in input_groups(self.config).items()
+        }
+        batches = self._batches(hidden)
+        for index, batch in enumerate(batches):
+            block.observe(batch.to(self.device), lambda group, x: hessians[group].add(x))
+            self._step(layer, 0.45 * (index + 1) / len(batches))
+        return hessians
+
+    def _advance(self, layer: int, block: DecoderBlock, hidden: Tensor) -> None:
+        """Replace the hidden states by the block's output, in place."""
+        batches = self._batches(hidden)
+        for index, batch in enumerate(batches):
+            batch.copy_(block.forward(batch.to(self.device))[0])
+            self._step(layer, 0.7 + 0.3 * (index + 1) / len(batches))
+        if not torch.isfinite(hidden).all():
+            raise UsageError(f"the hidden states after block {layer} are not finite: the model cannot be calibrated")
+
+    def _stored_weight(self, work: WorkFolder, layer: int, linear: str) -> Tensor:
+        name = f"layers.{layer}.{linear}"
+        rows, cols, _ = self.config.linears()[linear]
+        parts = {part: work.block_tensor(layer, f"{name}.{part}") for part in _LINEAR_PARTS}
+        packed = PackedLinear(rows, cols, self.settings.block_size, **parts)
+        return torch.from_numpy(packed.dequantize()).to(self.device)
+
+    def _step(self, layer: int, share: float, linears: tuple[LinearReport, ...] = ()) -> None:
+        self._progress(Event("blocks", layer + share, self.config.num_hidden_layers, linears=linears))
+
+    # --- the file ----------------------------------------------------------------------------------------------------
+
+    def _assemble(self, work: WorkFolder, record: dict[str, Any]) -> int:
+        """Write the file from the work folder and the source, one tensor in memory at a time; return its size."""
+        tensors: dict[str, Source] = {TOKENIZER: self.tokenizer.tokenizer_json}
+        if self.tokenizer.chat_template is not None:
+            tensors[CHAT_TEMPLATE] = self.tokenizer.chat_template.encode()
+        for name in self.source.names():
+            if name.startswith("layers."):
+                continue
+            if name in ("embed.weight", "head.weight"):
+                table = EmbeddingTable(self.source, name.removesuffix(".weight"), self.settings.embedding_bits)
+                tensors[name] = table.weight
+                if self.settings.embedding_bits == 8:
+                    tensors[f"{name.removesuffix('.weight')}.scale"] = table.scale
+            elif name.startswith(("pos_embed.", "project_")):
+                tensors[name] = partial(self._float16, name)
+            else:
+                tensors[name] = partial(self._float32, name)
+        for layer in range(self.config.num_hidden_layers):
+            tensors |= {name: partial(work.block_tensor, layer, name) for name in work.block_names(layer)}
+        return write_file(
+            self.out,
+            config=self.config,
+            quantization=self.quantization,
+            tokenizer_info=self.tokenizer.info,
+            conversion=record,
+            tensors=tensors,
+            progress=lambda done, total: self._progress(Event("writing", done, total)),
+        )
+
+    def _float16(self, name: str) -> NDArray[np.float16]:
+        return to_float16(name, self.source.tensor(name))
+
+    def _float32(self, name: str) -> NDArray[np.float32]:
+        value: NDArray[np.float32] = self.source.tensor(name).numpy()
+        return value
+
+    def _report(self, started: float, record: dict[str, Any], size: int, resumed: int) -> ConvertReport:
+        with BillmFile.open(self.out) as file:
+            paper, true = file.bits()
+        return ConvertReport(
+            path=str(self.out),
+            file_bytes=size,
+            bits_paper=paper,
+            bits_true=true,
+            layers=tuple(LinearReport(**layer) for layer in record["layers"]),
+            calibration=record["calibration"],
+            settings=record["settings"],
+            device=resources.describe_device(self.device),
+            seconds=time.monotonic() - started,
+            peak_bytes=resources.peak_bytes(),
+            device_peak_bytes=resources.device_peak_bytes(self.device),
+            memory=self.memory,
+            resumed_blocks=resumed,
+        )
+
+    def _already_done(self, started: float) -> ConvertReport:
+        self.say(f"{self.out} is finished already")
+        with BillmFile.open(self.out) as file:
+            return self._report(started, file.conversion, file.nbytes, self.config.num_hidden_layers)
+
+
+_LINEAR_PARTS = ("sign", "second", "salient", "scales", "row_scale")
+
+
+def packed_tensors(name: str, packed: PackedLinear, bias: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
+    """Return a binarized Linear's tensors under their names in the file."""
+    out: dict[str, NDArray[Any]] = {f"{name}.{part}": getattr(packed, part) for part in _LINEAR_PARTS}
+    if bias is not None:
+        out[f"{name}.bias"] = bias
+    return out
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; give the name of the file to write")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: there is no folder {out.parent}; make it first")
+
+
+def _check_same(old: object, new: dict[str, Any], folder: Path) -> None:
+    """Raise UsageError naming what differs between the run that is resumed and this one."""
+    if not isinstance(old, dict):
+        raise UsageError(f"{folder} was not written by this version; pass --force to start over")
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key):
+            if key == "model files":
+                what = "the model's files have changed"
+            elif isinstance(new.get(key), int | float | str) and len(str(new.get(key))) < 60:
+                what = f"{key} was {old.get(key)} and is {new.get(key)} now"
+            else:
+                what = f"the {key} is another one now"
+            raise UsageError(
+                f"{folder} belongs to a different conversion: {what}; undo that, or pass --force to start over"
+            )
+
+
+def _versions() -> dict[str, str]:
+    out = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
+    for package in ("billm-rt", "transformers"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            out[package] = "source tree"
+    return out

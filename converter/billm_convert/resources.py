@@ -1,0 +1,114 @@
+"""What a conversion needs of the machine, computed before it starts, and what it has used."""
+
+import hashlib
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from billm_format.config import ModelConfig, Quantization
+from billm_format.errors import DoesNotFitError, UsageError
+from billm_format.layout import all_tensors, layer_tensors
+
+_TEXTS_BYTES = 20 << 20  # room for the tokenizer, whose size the layout leaves free
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that "auto", "cpu", "cuda" or "cuda:n" means; UsageError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (":" in name and not index.isdigit()):
+        raise UsageError(f"--device: wanted auto, cpu, cuda or cuda:N, found {name!r}")
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch {torch.__version__} sees no CUDA device here; use --device cpu")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return torch.device(name)
+
+
+def describe_device(device: torch.device) -> str:
+    """Return what the device is called."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int) -> dict[str, int]:
+    """Return the bytes that a conversion takes, by kind, for `tokens` calibration tokens, `batch_tokens` at once."""
+    linears = config.linears().values()
+    weights = 4 * sum(rows * cols for rows, cols, _ in linears)
+    inputs = [
+        cols for name, (_, cols, _) in config.linears().items() if name in ("q_proj", "o_proj", "up_proj", "down_proj")
+    ]
+    largest = max(rows * cols for rows, cols, _ in linears)
+    widest = max(inputs)
+    return {
+        "hidden_states": 4 * tokens * config.hidden_size,
+        "block_weights": weights,
+        # Hessians of all inputs in float32, and what factoring the widest takes in float64.
+        "hessians": 4 * sum(cols * cols for cols in inputs) + 3 * 8 * widest * widest,
+        "solver": 6 * 4 * largest,
+        "inner_activations": 4 * batch_tokens * 3 * max(config.intermediate_size, config.hidden_size),
+    }
+
+
+def check_memory(plan: dict[str, int], device: torch.device) -> None:
+    """Raise DoesNotFitError, with the sum, when the plan exceeds the memory that is free."""
+    on_host = dict(plan) if device.type == "cpu" else {"hidden_states": plan["hidden_states"]}
+    free = psutil.virtual_memory().available
+    _compare_memory(on_host, free, "memory")
+    if device.type == "cuda":
+        on_device = {key: value for key, value in plan.items() if key != "hidden_states"}
+        _compare_memory(on_device, torch.cuda.mem_get_info(device)[0], "memory on the device")
+
+
+def _compare_memory(parts: dict[str, int], free: int, what: str) -> None:
+    need = sum(parts.values())
+    if need > free:
+        terms = " + ".join(f"{key.replace('_', ' ')} {value / 1e9:.2f}" for key, value in parts.items())
+        raise DoesNotFitError(
+            f"the conversion needs {need / 1e9:.2f} GB of {what} ({terms}), {free / 1e9:.2f} GB are free: "
+            "give a smaller --nsamples or --seqlen"
+        )
+
+
+def check_disk(out: Path, config: ModelConfig, quantization: Quantization, there: int) -> None:
+    """Raise DoesNotFitError unless the finished blocks and the file both fit; `there` bytes of blocks exist."""
+    blocks = sum(
+        spec.nbytes for layer in range(config.num_hidden_layers) for spec in layer_tensors(config, quantization, layer)
+    )
+    sized = [spec for spec in all_tensors(config, quantization) if -1 not in spec.shape]
+    file = sum(spec.nbytes for spec in sized) + _TEXTS_BYTES
+    need = max(0, blocks - there) + file
+    free = shutil.disk_usage(out.parent).free
+    if need > free:
+        raise DoesNotFitError(
+            f"{out.parent}: the conversion needs {need / 1e6:,.0f} MB of disk (finished blocks {blocks / 1e6:,.0f}, of "
+            f"which {there / 1e6:,.0f} are there, and the file {file / 1e6:,.0f}), {free / 1e6:,.0f} MB are free: make "
+            "room or write elsewhere"
+        )
+
+
+def peak_bytes() -> int:
+    """Return the process's largest resident memory so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_peak_bytes(device: torch.device) -> int | None:
+    """Return the most memory that torch has held on a CUDA device."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def code_digest() -> str:
+    """Return a digest of the converter's own sources: a changed solver must not go on with an older one's blocks."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""What a conversion is told, and what it tells while it runs. Nothing here loads torch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from billm_format.config import BLOCK_SIZES
+from billm_format.errors import UsageError
+
+RECIPES = ("paper",)
+SELF = "self"  # --calib: text that the full-precision model writes itself
+
+# The paper's calibration, and what a CPU gets through in minutes: (windows, tokens in each).
+GPU_CALIBRATION = (128, 2048)
+CPU_CALIBRATION = (32, 1024)
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """How to convert; None: chosen when the conversion starts, and said."""
+
+    recipe: str = "paper"
+    block_size: int = 128
+    max_salient: int = 30  # most salient columns in a block
+    damp: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+    calib: str | None = None  # name of a text, path of a file, or "self"
+    nsamples: int | None = None  # calibration windows
+    seqlen: int | None = None  # tokens in each
+    seed: int = 0
+    device: str = "auto"
+    embedding_bits: int = 8
+    threads: int | None = None
+    resume: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise UsageError, naming the option, for a value that cannot work."""
+        if self.recipe not in RECIPES:
+            raise UsageError(f"--recipe: wanted one of {', '.join(RECIPES)}, found {self.recipe!r}")
+        if self.block_size not in BLOCK_SIZES:
+            raise UsageError(f"--block-size: wanted one of {', '.join(map(str, BLOCK_SIZES))}, found {self.block_size}")
+        if not 0 <= self.max_salient <= self.block_size:
+            raise UsageError(f"--max-salient: wanted 0 to the block size {self.block_size}, found {self.max_salient}")
+        if not (math.isfinite(self.damp) and 0 <= self.damp <= 1):
+            raise UsageError(f"--damp: wanted a share of the mean diagonal, 0 to 1, found {self.damp:g}")
+        for option, value, least in (
+            ("nsamples", self.nsamples, 1),
+            ("seqlen", self.seqlen, 2),
+            ("threads", self.threads, 1),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"--{option}: wanted {least} or more, found {value}")
+        if self.embedding_bits not in (8, 16):
+            raise UsageError(f"--embedding-bits: wanted 8 or 16, found {self.embedding_bits}")
+        if self.resume and self.force:
+            raise UsageError("--resume goes on with a started conversion and --force starts over: give one of them")
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What one binarized Linear came to."""
+
+    name: str  # "layers.3.q_proj"
+    error: float  # tr(D H Dᵀ) / tr(W H Wᵀ): relative output error on the calibration text
+    weight_error: float  # ||D||² / ||W||²
+    salient: float  # share of the columns
+    sparse: float  # share of the non-salient weights
+    damp: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record with six significant digits."""
+        numbers = {key: float(f"{value:.6g}") for key, value in vars(self).items() if key != "name"}
+        return {"name": self.name, **numbers}
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of progress: `done` of `total`, fractions of a block included, or something to say."""
+
+    stage: Literal["note", "sampling", "blocks", "writing"]
+    done: float = 0.0
+    total: float = 0.0
+    text: str = ""
+    linears: tuple[LinearReport, ...] = ()  # of the block just finished
+
+
+Progress = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion came to. `seconds` and memory are of this run alone and not in the file."""
+
+    path: str
+    file_bytes: int
+    bits_paper: float
+    bits_true: float
+    layers: tuple[LinearReport, ...]
+    calibration: dict[str, Any]
+    settings: dict[str, Any]
+    device: str
+    seconds: float
+    peak_bytes: int  # of the process
+    device_peak_bytes: int | None
+    memory: dict[str, int]  # what the peak is made of, as computed
+    resumed_blocks: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that `--json` prints."""
+        out = {key: value for key, value in vars(self).items() if not key.startswith("bits_")}
+        out["bits"] = {"paper": self.bits_paper, "true": self.bits_true}
+        out["layers"] = [layer.to_json() for layer in self.layers]
+        return out

@@ -1,0 +1,166 @@
+"""The work folder OUT.work: finished blocks on disk, so that a killed conversion can go on where it stopped."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from billm_format.errors import DoesNotFitError, UsageError
+
+_STATE = "state.json"
+_LOCK = "lock"
+_TOKENS = "tokens.safetensors"
+_BLOCK = "block-{:05d}.safetensors"
+_OURS = ("block-*.safetensors", "block-*.safetensors.tmp", _TOKENS, f"{_TOKENS}.tmp", f"{_STATE}.tmp")
+
+
+class WorkFolder:
+    """A locked work folder. Its files are written to a temporary name, synced and renamed: whole or not there."""
+
+    def __init__(self, out: Path) -> None:
+        """Make and lock the folder beside `out`; UsageError when another process has it or it is not ours."""
+        self.path = out.with_name(out.name + ".work")
+        try:
+            self.path.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise UsageError(f"{self.path} is a file, but the conversion needs a folder of this name") from None
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be made: {error.strerror}") from None
+        self._lock = self._take_lock()
+        self._removed = False
+
+    def _take_lock(self) -> int:
+        descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), (self.path / _LOCK).stat()):
+                raise BlockingIOError  # its owner removed the folder between our two calls
+        except OSError:
+            os.close(descriptor)
+            raise UsageError(
+                f"another billm-convert is at work in {self.path}; wait for it or give another OUT"
+            ) from None
+        return descriptor
+
+    def close(self) -> None:
+        """Let go of the lock; a folder in which nothing was begun is removed."""
+        if not self._removed and not (self.path / _STATE).exists():
+            self.remove()
+        os.close(self._lock)
+
+    def __enter__(self) -> "WorkFolder":
+        """Return the folder itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the lock."""
+        self.close()
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what `begin` wrote, None if nothing was begun (or the last run had only cleaning up left to do)."""
+        file = self.path / _STATE
+        if not file.exists():
+            return None
+        value = json.loads(file.read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else None
+
+    def begin(self, state: Mapping[str, Any]) -> None:
+        """Clear the folder and note what this conversion is; UsageError when strange files are in it."""
+        self._clear()
+        strangers = sorted(file.name for file in self.path.iterdir() if file.name != _LOCK)
+        if strangers:
+            raise UsageError(f"{self.path} holds files that are not billm-convert's ({strangers[0]}); move them away")
+        self._write(_STATE, json.dumps(state).encode())
+
+    def remove(self) -> None:
+        """Delete the folder. The state goes first: whatever a kill leaves behind then counts as nothing."""
+        self._removed = True
+        self._clear()
+        (self.path / _LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # strange files: theirs to remove
+            self.path.rmdir()
+
+    def _clear(self) -> None:
+        (self.path / _STATE).unlink(missing_ok=True)
+        for pattern in _OURS:
+            for file in self.path.glob(pattern):
+                file.unlink(missing_ok=True)
+
+    def finished_blocks(self) -> int:
+        """Return how many blocks, from the first on, are finished."""
+        count = 0
+        while (self.path / _BLOCK.format(count)).exists():
+            count += 1
+        return count
+
+    def finished_bytes(self) -> int:
+        """Return the bytes that the finished blocks take on disk."""
+        return sum(file.stat().st_size for file in self.path.glob("block-*.safetensors"))
+
+    def save_block(self, layer: int, tensors: Mapping[str, NDArray[Any]], record: object) -> None:
+        """Store a finished block: its tensors under their names in the final file, and a JSON record."""
+        self._write(_BLOCK.format(layer), save(dict(tensors), metadata={"record": json.dumps(record)}))
+
+    def block_record(self, layer: int) -> Any:
+        """Return the JSON record of a finished block."""
+        with safe_open(self.path / _BLOCK.format(layer), framework="np") as file:
+            return json.loads(file.metadata()["record"])
+
+    def block_names(self, layer: int) -> list[str]:
+        """Return the names of a finished block's tensors."""
+        with safe_open(self.path / _BLOCK.format(layer), framework="np") as file:
+            return list(file.keys())
+
+    def block_tensor(self, layer: int, name: str) -> NDArray[Any]:
+        """Return one tensor of a finished block; only it is read."""
+        with safe_open(self.path / _BLOCK.format(layer), framework="np") as file:
+            value: NDArray[Any] = file.get_tensor(name)
+            return value
+
+    def save_tokens(self, tokens: NDArray[np.int64]) -> None:
+        """Store the calibration windows."""
+        self._write(_TOKENS, save({"tokens": tokens}))
+
+    def tokens(self) -> NDArray[np.int64] | None:
+        """Return the calibration windows, None if they were not stored yet."""
+        if not (self.path / _TOKENS).exists():
+            return None
+        with safe_open(self.path / _TOKENS, framework="np") as file:
+            value: NDArray[np.int64] = file.get_tensor("tokens")
+            return value
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Put `data` under its name in one step that survives a power cut."""
+        temporary = self.path / f"{name}.tmp"
+        with self._explain_full_disk(len(data)):
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / name)
+            folder = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    @contextlib.contextmanager
+    def _explain_full_disk(self, size: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise DoesNotFitError(
+                f"{self.path}: {error.strerror} while writing {size:,} bytes; {self.finished_blocks()} finished "
+                "blocks are kept: make room and run the same command with --resume"
+            ) from error
