@@ -16,7 +16,7 @@ _INT16_MAX = 32767
 
 
 class KVCache:
-    """Keys and values [num_key_value_heads, capacity, head_dim] per layer, for up to `ctx` tokens.
+    """Keys and values of every layer for up to `ctx` tokens.
 
     `dtype` is float32 (exact) or int16: fixed point with one float32 scale per token and head. int16 takes the memory
     of float16, is more precise where it matters (its error is absmax / 65534) and NumPy turns it into float32 about
@@ -30,9 +30,9 @@ class KVCache:
         self.tokens: list[int] = []
         self.dtype = np.dtype(dtype)
         self.num_heads = config.num_key_value_heads
-        layers, width = config.num_hidden_layers, config.head_dim
-        self._keys = [_Store(self.num_heads, width, ctx, self.dtype) for _ in range(layers)]
-        self._values = [_Store(self.num_heads, width, ctx, self.dtype) for _ in range(layers)]
+        self._layers = [
+            _Layer(self.num_heads, config.head_dim, ctx, self.dtype) for _ in range(config.num_hidden_layers)
+        ]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -40,7 +40,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated now; pages never written to take no memory yet."""
-        return sum(store.nbytes for store in (*self._keys, *self._values))
+        return sum(layer.nbytes for layer in self._layers)
 
     def require(self, count: int) -> None:
         """Raise DoesNotFitError unless `count` more tokens fit the context length."""
@@ -52,8 +52,7 @@ class KVCache:
 
     def write(self, layer: int, keys: Float32, values: Float32) -> None:
         """Put float32 [tokens, heads, head_dim] of `layer` behind the tokens held; `commit` makes them count."""
-        self._keys[layer].write(len(self), keys)
-        self._values[layer].write(len(self), values)
+        self._layers[layer].write(len(self), keys, values)
 
     def commit(self, token_ids: Sequence[int]) -> None:
         """Count `token_ids`, written in every layer, as held."""
@@ -63,64 +62,62 @@ class KVCache:
         """Forget every token from position `length` on."""
         del self.tokens[length:]
 
-    def keys(self, layer: int, start: int, stop: int, limit: int) -> Iterator[tuple[slice, Float32, Float32 | None]]:
-        """Yield (heads, float32 [heads, stop - start, head_dim], scales [heads, stop - start] or None) of the keys.
+    def read(self, layer: int, start: int, stop: int, limit: int) -> Iterator[tuple[slice, Float32, Float32 | None]]:
+        """Yield (heads, data, scale) of positions start..stop, all heads in turn.
 
-        Heads come in groups of at most `limit` elements (but at least one head), so that the float32 copy stays small.
+        data: float32 [2, some heads, stop - start, head_dim], keys first, then values; to be multiplied by scale
+        float32 [2, some heads, stop - start] unless that is None. At most `limit` elements at once (but one head), so
+        that the float32 copy stays small.
         """
-        return self._keys[layer].read(start, stop, limit)
-
-    def values(self, layer: int, start: int, stop: int, limit: int) -> Iterator[tuple[slice, Float32, Float32 | None]]:
-        """Yield the values as `keys` yields the keys."""
-        return self._values[layer].read(start, stop, limit)
+        return self._layers[layer].read(start, stop, limit)
 
 
-class _Store:
-    """One growing array [heads, capacity, width], fixed point (with scales) or float32."""
+class _Layer:
+    """One growing array [2, heads, capacity, width], fixed point (with scales) or float32."""
 
     def __init__(self, heads: int, width: int, ctx: int, dtype: np.dtype[np.generic]) -> None:
         self._ctx = ctx
         self._scaled = dtype == np.int16
-        self._data: NDArray[np.generic] = np.empty((heads, 0, width), dtype)
-        self._scale: Float32 = np.empty((heads, 0), np.float32)
+        self._data: NDArray[np.generic] = np.empty((2, heads, 0, width), dtype)
+        self._scale: Float32 = np.empty((2, heads, 0), np.float32)
 
     @property
     def nbytes(self) -> int:
         return self._data.nbytes + self._scale.nbytes
 
-    def write(self, start: int, rows: Float32) -> None:
-        stop = start + rows.shape[0]
+    def write(self, start: int, keys: Float32, values: Float32) -> None:
+        stop = start + keys.shape[0]
         self._grow(start, stop)
-        rows = rows.transpose(1, 0, 2)
         if not self._scaled:
-            self._data[:, start:stop] = rows
+            self._data[0, :, start:stop] = keys.transpose(1, 0, 2)
+            self._data[1, :, start:stop] = values.transpose(1, 0, 2)
             return
-        scale = np.abs(rows).max(axis=2)
+        both = np.array((keys, values)).transpose(0, 2, 1, 3)
+        scale = np.abs(both).max(axis=3)
         scale *= np.float32(1 / _INT16_MAX)
+        self._scale[:, :, start:stop] = scale
         # A row of zeros keeps scale 0 and codes 0: dividing by the smallest float instead of 0 sees to that.
-        codes = rows / np.maximum(scale, np.finfo(np.float32).tiny)[:, :, None]
-        np.rint(codes, out=codes)
-        self._data[:, start:stop] = codes
-        self._scale[:, start:stop] = scale
+        both /= np.maximum(scale, np.finfo(np.float32).tiny, out=scale)[..., None]
+        self._data[:, :, start:stop] = np.rint(both, out=both)
 
     def read(self, start: int, stop: int, limit: int) -> Iterator[tuple[slice, Float32, Float32 | None]]:
-        heads, _, width = self._data.shape
-        step = max(1, limit // max(1, (stop - start) * width))
+        _, heads, _, width = self._data.shape
+        step = max(1, limit // max(1, 2 * (stop - start) * width))
         for head in range(0, heads, step):
             group = slice(head, min(head + step, heads))
-            data = self._data[group, start:stop].astype(np.float32, copy=False)
-            yield group, data, self._scale[group, start:stop] if self._scaled else None
+            data = self._data[:, group, start:stop].astype(np.float32, copy=False)
+            yield group, data, self._scale[:, group, start:stop] if self._scaled else None
 
     def _grow(self, used: int, needed: int) -> None:
-        capacity = self._data.shape[1]
+        _, heads, capacity, width = self._data.shape
         if needed <= capacity:
             return
         capacity = min(self._ctx, max(needed, 2 * capacity, _FIRST_CAPACITY))
-        heads, _, width = self._data.shape
-        data = np.empty((heads, capacity, width), self._data.dtype)
-        scale = np.empty((heads, capacity if self._scaled else 0), np.float32)
-        data[:, :used] = self._data[:, :used]
-        scale[:, :used] = self._scale[:, :used]
-        # Readers look at `_data` for the capacity, so the scales must be in place first if an interrupt falls between.
-        self._scale = scale
+        data = np.empty((2, heads, capacity, width), self._data.dtype)
+        data[:, :, :used] = self._data[:, :, :used]
+        if self._scaled:
+            scale = np.empty((2, heads, capacity), np.float32)
+            scale[:, :, :used] = self._scale[:, :, :used]
+            # Before `_data`, whose shape is the capacity: an interrupt may fall between the two.
+            self._scale = scale
         self._data = data

@@ -30,7 +30,7 @@ class _Shared:
 
 
 class CpuBackend(ReferenceBackend):
-    """`ReferenceBackend` with the binary and int8 linear layers of `billm_rt.cpu`: native, or NumPy where that is missing."""
+    """`ReferenceBackend` with the integer products of `billm_rt.cpu`: native, or NumPy where the library is missing."""
 
     def __init__(self) -> None:
         why = cpu.unavailable_reason()

@@ -139,10 +139,8 @@ class ReferenceBackend:
             stop = min(start + step, tokens)
             first = 0 if window is None else max(0, past + start - window + 1)
             mask = _mask(past + start - first, stop - start, window)
-            keys = cache.keys(layer, first, past + stop, _CACHE_ELEMENTS)
-            values = cache.values(layer, first, past + stop, _CACHE_ELEMENTS)
-            for (group, key, key_scale), (_, value, value_scale) in zip(keys, values, strict=True):
-                mixed = _attend(grouped[group, :, start:stop], key, key_scale, value, value_scale, mask)
+            for group, data, scale in cache.read(layer, first, past + stop, _CACHE_ELEMENTS):
+                mixed = _attend(grouped[group, :, start:stop], data, scale, mask)
                 out[start:stop, group] = mixed.transpose(2, 0, 1, 3)
         return out.reshape(tokens, heads * width)
 
@@ -167,22 +165,20 @@ def _mask(before: int, count: int, window: int | None) -> Array | None:
     return np.where(hidden, np.float32(-np.inf), np.float32(0))
 
 
-def _attend(
-    query: Array, key: Array, key_scale: Array | None, value: Array, value_scale: Array | None, mask: Array | None
-) -> Array:
-    """Return float32 [heads, group, tokens, width] for query of that shape, key and value [heads, keys, width]."""
+def _attend(query: Array, data: Array, scale: Array | None, mask: Array | None) -> Array:
+    """Return float32 [heads, group, tokens, width] for query of that shape; data and scale as from `KVCache.read`."""
     heads, group, tokens, width = query.shape
-    scores: Array = query.reshape(heads, group * tokens, width) @ key.transpose(0, 2, 1)
-    if key_scale is not None:
-        scores *= key_scale[:, None]
+    scores: Array = query.reshape(heads, group * tokens, width) @ data[0].transpose(0, 2, 1)
+    if scale is not None:
+        scores *= scale[0, :, None]
     if mask is not None:
         scores.reshape(heads, group, tokens, -1)[...] += mask
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     total = scores.sum(axis=-1, keepdims=True)
-    if value_scale is not None:
-        scores *= value_scale[:, None]
-    mixed: Array = scores @ value
+    if scale is not None:
+        scores *= scale[1, :, None]
+    mixed: Array = scores @ data[1]
     mixed /= total
     return mixed.reshape(heads, group, tokens, width)
 
