@@ -144,6 +144,7 @@ def _write_data(
         data = bytes(spec.nbytes) if spec.kind == "padding" else _data(spec, tensors[spec.name])
         checksums[spec.name] = hashlib.sha256(data).hexdigest()
         file.write(data)
+        del data  # or it would still be there while the next one is made
         done += spec.nbytes
         if progress is not None:
             progress(done, total)
