@@ -153,10 +153,11 @@ def _session(args: argparse.Namespace) -> "Session":
 
 def _chat(session: "Session", args: argparse.Namespace) -> None:
     from billm_chat.repl import chat
-    from billm_chat.terminal import Terminal, state_folder
+    from billm_chat.terminal import Terminal, quiet_keyboard, state_folder
 
     history = None if args.no_history else state_folder() / "chat_history"
-    chat(session, Terminal(history=history), quiet=args.quiet)
+    with quiet_keyboard():
+        chat(session, Terminal(history=history), quiet=args.quiet)
 
 
 # --- one-shot

@@ -17,13 +17,12 @@ STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _PADDING = re.compile(r"(?: |\x1b\[[0-9;]*m)+$")
 
 
-def split_settled(text: str) -> tuple[str, str]:
-    """Split Markdown that is still growing into the blocks that no later text can change, and the last block."""
+def blocks(text: str) -> list[str]:
+    """Split growing Markdown into its top-level blocks; only the last one can be changed by text still to come."""
     starts = [token.map[0] for token in _parser().parse(text) if token.level == 0 and token.map]
-    if len(starts) < 2:
-        return "", text
     lines = text.split("\n")
-    return "\n".join(lines[: starts[-1]]) + "\n", "\n".join(lines[starts[-1] :])
+    ends = [*starts[1:], len(lines)]
+    return ["\n".join(lines[start:end]) for start, end in zip([0, *starts[1:]], ends, strict=False)]
 
 
 def without_begun_markup(text: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 from billm_chat import commands, report
 from billm_chat.session import Session
-from billm_chat.terminal import Interrupt, Terminal, quiet_keyboard
+from billm_chat.terminal import Interrupt, Terminal
 from billm_format.errors import BillmError
 
 
@@ -61,7 +61,7 @@ def _handle(session: Session, terminal: Terminal, line: str) -> tuple[str, bool]
 def _answer(session: Session, terminal: Terminal, pieces: Generator[str, None, None]) -> None:
     if session.last is not None and session.last.dropped:
         terminal.note(f"(the context is full: the oldest {session.first} messages are left out of it from here on)")
-    with quiet_keyboard(), Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         view = terminal.answer_view(markdown=session.settings.markdown)
         try:
             for piece in pieces:

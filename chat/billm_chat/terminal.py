@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from billm_chat.markdown import STYLE, render, split_settled, without_begun_markup
+from billm_chat.markdown import STYLE, blocks, render, without_begun_markup
 from billm_chat.plain import PlainView, printable, write_out
 
 if TYPE_CHECKING:
@@ -109,16 +109,15 @@ class MarkdownView:
     def _paint(self, shown: Callable[[str], str]) -> None:
         columns, rows = self._size()
         width = max(columns - 1, 10)  # a full last column would leave the cursor in doubt
-        settled, last = split_settled(self._text)
-        done = render(settled, self._console, width) if settled else []
-        done = [*done, ""][self._gone :] if done else []
-        gone = 0 if settled else self._gone
-        lines = render(shown(last), self._console, width)[gone:]
+        *settled, last = blocks(self._text)
+        done = [line for block in settled for line in (*render(block, self._console, width), "")]
+        shift = 0 if settled else self._gone
+        done, lines = done[self._gone :], render(shown(last), self._console, width)[shift:]
         self._live.paint([*done, *lines] or [""], columns)
         self._live.forget(len(done))
         over = max(0, len(self._live.lines) - max(rows - 1, 1))
         self._live.forget(over)
-        self._text, self._gone = last, gone + over
+        self._text, self._gone = last, shift + over
 
 
 class Interrupt:
@@ -198,7 +197,7 @@ class Terminal:
 
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
-    """Keep what is typed meanwhile off the screen; the next input line receives it."""
+    """Keep what is typed between two input lines off the screen, for the next one to receive; Ctrl-C stays a signal."""
     import termios
 
     try:
@@ -208,7 +207,8 @@ def quiet_keyboard() -> Iterator[None]:
         yield
         return
     silent = [*before]
-    silent[3] = before[3] & ~termios.ECHO
+    silent[0] &= ~termios.ICRNL
+    silent[3] &= ~(termios.ECHO | termios.ICANON)
     termios.tcsetattr(keyboard, termios.TCSANOW, silent)
     try:
         yield
