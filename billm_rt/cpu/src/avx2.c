@@ -1,60 +1,23 @@
-/* AVX2. The level of a weight is a sum of two signs times two scales of its class (plain or salient):
- *
- *   level = (s * (m0 + m1) + q * (m1 - m0)) / 2   plain,   q = s * t        (t: group flag as a sign)
- *   level = (s * (m2 + m3) + q * (m3 - m2)) / 2   salient, q = t            (t: residual sign)
- *
- * with the magnitudes m0..m3 of PackedLinear. With U_s, U_q the sums of the activations where the bit of s, q is 1 and
- * X the sum of all, per class:  sum(level * x) = (m0 + m1) U_s + (m1 - m0) U_q - m1 X   (salient: m2, m3 alike).
- * So a product needs no table of levels: four masked sums of bytes, and a few multiplications per unit.
- */
+/* AVX2: sums of bytes through maddubs (unsigned times signed, pairs summed in int16). */
 #include "x86.h"
-
-struct slab {
-    int8_t plain[8][32], salient[8][32];
-    uint8_t not_salient[32];
-    int16_t sums[16];
-};
 
 static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
     billm_quantize_token(x, col_scale, cols, block, values, scales);
 }
 
-static size_t prepared_bytes(const struct billm_weight *w) {
-    return (w->cols + 255) / 256 * sizeof(struct slab);
-}
-
-static void prepare(const struct billm_weight *w, const int8_t *x, void *prepared) {
-    struct slab *slab = prepared;
-    for (size_t col = 0; col < w->cols; col += 256, slab++) {
-        int8_t values[256];
-        uint8_t salient[32];
-        const int8_t *from = x + col;
-        const uint8_t *plane = w->salient + col / 8;
-        if (w->cols - col < 256) {
-            memset(values, 0, sizeof values);
-            memset(salient, 0, sizeof salient);
-            memcpy(values, from, w->cols - col);
-            memcpy(salient, plane, w->stride - col / 8);
-            from = values;
-            plane = salient;
-        }
-        billm_prepare256(from, plane, slab->plain[0], slab->salient[0], 32, slab->not_salient, slab->sums);
-    }
-}
-
 /* sum(level * x) of each unit of a slab, from 32 bytes of both planes and the magnitudes of each unit's block. */
-static inline __m256i unit_sums(__m256i sign, __m256i second, const struct slab *x, __m256i magnitudes) {
+static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes) {
     const __m256i ones = _mm256_set1_epi8(1), differences = _mm256_set1_epi16(0x01ff); /* bytes -1, 1 */
     const __m256i low_twice = _mm256_set1_epi32(0x01000100), high_twice = _mm256_set1_epi32(0x03020302);
     const __m256i lanes = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
     __m256i q = _mm256_xor_si256(second, _mm256_andnot_si256(sign, _mm256_load_si256((const void *)x->not_salient)));
     __m256i sp = _mm256_setzero_si256(), ss = sp, qp = sp, qs = sp;
-#pragma GCC unroll 8
     for (int k = 0; k < 8; k++) {
         __m256i plain = _mm256_load_si256((const void *)x->plain[k]);
         __m256i salient = _mm256_load_si256((const void *)x->salient[k]);
-        __m256i s_bit = _mm256_and_si256(_mm256_srli_epi16(sign, k), ones);
-        __m256i q_bit = _mm256_and_si256(_mm256_srli_epi16(q, k), ones);
+        __m256i s_bit = _mm256_and_si256(sign, ones), q_bit = _mm256_and_si256(q, ones);
+        sign = _mm256_srli_epi16(sign, 1);
+        q = _mm256_srli_epi16(q, 1);
         sp = _mm256_add_epi16(sp, _mm256_maddubs_epi16(s_bit, plain));
         ss = _mm256_add_epi16(ss, _mm256_maddubs_epi16(s_bit, salient));
         qp = _mm256_add_epi16(qp, _mm256_maddubs_epi16(q_bit, plain));
@@ -72,47 +35,7 @@ static inline __m256i unit_sums(__m256i sign, __m256i second, const struct slab 
 
 static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row, size_t end,
                         float *acc) {
-    const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4;
-    const size_t blocks_per_slab = 256 / w->block;
-    int32_t block_of_unit[8];
-    for (size_t i = 0; i < 8; i++)
-        block_of_unit[i] = (int32_t)(i / units_per_block);
-    const __m256i spread = _mm256_loadu_si256((const __m256i *)block_of_unit);
-    for (; row < end; row += 8) {
-        size_t rows = billm_min(8, end - row), unit = 0, block = 0;
-        const struct slab *slab = prepared;
-        __m256 total = _mm256_setzero_ps();
-        for (; unit < units; slab++) {
-            size_t left = units - unit;
-            const __m256i words = billm_word_mask(left), scale_words = billm_word_mask(billm_min(blocks_per_slab, w->blocks - block));
-            __m256i sums[8];
-            for (size_t r = 0; r < 8; r++) {
-                size_t at = row + billm_min(r, rows - 1); /* a short group repeats its last row */
-                const uint8_t *sign = w->sign + at * w->stride + 4 * unit, *second = w->second + at * w->stride + 4 * unit;
-                const uint8_t *scales = w->scales + 4 * (at * w->blocks + block);
-                __m256i packed = _mm256_maskload_epi32((const int *)(const void *)scales, scale_words);
-                __m256i magnitudes = billm_magnitudes(_mm256_permutevar8x32_epi32(packed, spread));
-                sums[r] = left >= 8 ? unit_sums(_mm256_loadu_si256((const __m256i *)sign),
-                                                _mm256_loadu_si256((const __m256i *)second), slab, magnitudes)
-                                    : unit_sums(_mm256_maskload_epi32((const int *)(const void *)sign, words),
-                                                _mm256_maskload_epi32((const int *)(const void *)second, words), slab,
-                                                magnitudes);
-            }
-            billm_transpose8(sums);
-            __m256i sum = _mm256_setzero_si256();
-            for (size_t i = 0; i < billm_min(8, left); i++) {
-                sum = _mm256_add_epi32(sum, sums[i]);
-                if (++unit % units_per_block == 0 || unit == units) {
-                    total = billm_step(total, x_scale[block++], sum);
-                    sum = _mm256_setzero_si256();
-                }
-            }
-        }
-        float result[8];
-        _mm256_storeu_ps(result, total);
-        memcpy(acc, result, rows * sizeof *acc);
-        acc += rows;
-    }
+    billm_gemv(w, prepared, x_scale, row, end, acc, unit_sums);
 }
 
 static inline __m256i dot32(__m256i sum, __m256i weight, __m256i x) {
@@ -257,35 +180,43 @@ void billm_avx2_pack(const int8_t *x, size_t cols, void *packed) {
         out[j] = x[j];
 }
 
-static inline __m256i broadcast_pair(const int16_t *x, size_t pair) {
-    return _mm256_set1_epi32((int)billm_load32(x + 2 * pair));
+/* Sums over `pairs` pairs of columns: sums[i][half] for token i and eight rows. */
+static void multiply_block(const __m256i *level, size_t pairs, const int16_t *const x[BILLM_TOKEN_STEP],
+                           __m256i sums[BILLM_TOKEN_STEP][2]) {
+    const int16_t *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
+    __m256i a0 = _mm256_setzero_si256(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
+    for (size_t pair = 0; pair < pairs; pair++) {
+        __m256i low = _mm256_load_si256(level + 2 * pair), high = _mm256_load_si256(level + 2 * pair + 1);
+        __m256i value = _mm256_set1_epi32((int)billm_load32(x0 + 2 * pair));
+        a0 = _mm256_add_epi32(a0, _mm256_madd_epi16(low, value));
+        b0 = _mm256_add_epi32(b0, _mm256_madd_epi16(high, value));
+        value = _mm256_set1_epi32((int)billm_load32(x1 + 2 * pair));
+        a1 = _mm256_add_epi32(a1, _mm256_madd_epi16(low, value));
+        b1 = _mm256_add_epi32(b1, _mm256_madd_epi16(high, value));
+        value = _mm256_set1_epi32((int)billm_load32(x2 + 2 * pair));
+        a2 = _mm256_add_epi32(a2, _mm256_madd_epi16(low, value));
+        b2 = _mm256_add_epi32(b2, _mm256_madd_epi16(high, value));
+        value = _mm256_set1_epi32((int)billm_load32(x3 + 2 * pair));
+        a3 = _mm256_add_epi32(a3, _mm256_madd_epi16(low, value));
+        b3 = _mm256_add_epi32(b3, _mm256_madd_epi16(high, value));
+    }
+    const __m256i result[BILLM_TOKEN_STEP][2] = {{a0, b0}, {a1, b1}, {a2, b2}, {a3, b3}};
+    memcpy(sums, result, sizeof result);
 }
 
 static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
                      size_t scale_stride, size_t tokens, float *acc) {
     for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
-        const int16_t *row[BILLM_TOKEN_STEP];
-        for (size_t i = 0; i < BILLM_TOKEN_STEP; i++)
-            row[i] = (const void *)((const uint8_t *)x + (t + i) * x_stride);
-        const __m256i *level = tile;
         for (size_t b = 0, col = 0; col < cols; b++, col += block) {
-            __m256i low[BILLM_TOKEN_STEP], high[BILLM_TOKEN_STEP];
+            const int16_t *values[BILLM_TOKEN_STEP];
+            __m256i sums[BILLM_TOKEN_STEP][2];
             for (size_t i = 0; i < BILLM_TOKEN_STEP; i++)
-                low[i] = high[i] = _mm256_setzero_si256();
-            size_t stop = (billm_min(col + block, cols) + 1) / 2;
-            for (size_t pair = col / 2; pair < stop; pair++, level += 2) {
-                __m256i level0 = _mm256_load_si256(level), level1 = _mm256_load_si256(level + 1);
-#pragma GCC unroll 4
-                for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
-                    __m256i value = broadcast_pair(row[i], pair);
-                    low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(level0, value));
-                    high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(level1, value));
-                }
-            }
+                values[i] = (const int16_t *)(const void *)((const uint8_t *)x + (t + i) * x_stride) + col;
+            multiply_block((const __m256i *)tile + col, (billm_min(block, cols - col) + 1) / 2, values, sums);
             for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
                 float scale = x_scale[(t + i) * scale_stride + b], *to = acc + i * TILE_ROWS;
-                _mm256_storeu_ps(to, billm_step(_mm256_loadu_ps(to), scale, low[i]));
-                _mm256_storeu_ps(to + 8, billm_step(_mm256_loadu_ps(to + 8), scale, high[i]));
+                _mm256_storeu_ps(to, billm_step(_mm256_loadu_ps(to), scale, sums[i][0]));
+                _mm256_storeu_ps(to + 8, billm_step(_mm256_loadu_ps(to + 8), scale, sums[i][1]));
             }
         }
     }
@@ -296,8 +227,8 @@ const struct billm_isa billm_avx2 = {
     .tile_rows = TILE_ROWS,
     .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
-    .prepared_bytes = prepared_bytes,
-    .prepare = prepare,
+    .prepared_bytes = billm_prepared_bytes,
+    .prepare = billm_prepare,
     .binary_gemv = binary_gemv,
     .int8_gemv = billm_avx2_int8_gemv,
     .binary_tile = billm_avx2_binary_tile,

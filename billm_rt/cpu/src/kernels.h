@@ -83,6 +83,14 @@ struct billm_isa {
 extern const struct billm_isa billm_portable;
 #if defined(__x86_64__) || defined(BILLM_SIMDE)
 extern const struct billm_isa billm_avx2, billm_avx512;
+/* What AVX-512 takes over from AVX2: bound by memory, or done once per many tokens. */
+void billm_avx2_int8_gemv(const struct billm_weight *weight, const int8_t *x, const float *x_scale, size_t row,
+                          size_t end, float *acc);
+void billm_avx2_binary_tile(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
+                            void *tile);
+void billm_avx2_int8_tile(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
+                          void *tile);
+void billm_avx2_pack(const int8_t *x, size_t cols, void *packed);
 #endif
 #if defined(__aarch64__)
 extern const struct billm_isa billm_neon;

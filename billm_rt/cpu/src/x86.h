@@ -1,15 +1,35 @@
-/* What the x86 files share. A slab is a stretch of columns in the order that a bit plane's bytes ask for: vector k of a
- * slab holds the activations of bit k of each byte. Then (plane >> k) & 1 meets them without moving a single bit:
- * expanding a plane costs two instructions per vector, and a 32-bit lane sums one unit of 32 columns. */
+/* What the x86 files share: the decoding product, but for the inner sums of bytes.
+ *
+ * A level is half the sum of two signs times two scales of its class (plain or salient):
+ *
+ *   level = (s * (m0 + m1) + q * (m1 - m0)) / 2   plain,   q = s * t        (t: group flag as a sign)
+ *   level = (s * (m2 + m3) + q * (m3 - m2)) / 2   salient, q = t            (t: residual sign)
+ *
+ * with the magnitudes m0..m3 of PackedLinear. With U_s, U_q the sums of the activations where the bit of s, q is 1 and
+ * X the sum of all, per class:  sum(level * x) = (m0 + m1) U_s + (m1 - m0) U_q - m1 X   (salient: m2, m3 alike).
+ * So a product needs no table of levels: four masked sums of bytes, and a few multiplications per unit.
+ *
+ * A slab is 256 activations in the order that a plane's 32 bytes ask for: vector k holds those of bit k of each byte.
+ * Then (plane >> k) & 1 meets them without moving a bit: expanding a plane costs two instructions per vector, and a
+ * 32-bit lane sums one unit of 32 columns. */
 #ifndef BILLM_X86_H
 #define BILLM_X86_H
 
 #include "kernels.h"
 
 #if defined(BILLM_SIMDE)
+/* AVX-512 emulated, for tests on machines without it. */
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
-#include <simde/x86/fma.h>
+static inline simde__m512 billm_cvtepi32_ps(simde__m512i value) {
+    int32_t from[16];
+    float to[16];
+    memcpy(from, &value, sizeof from);
+    for (int i = 0; i < 16; i++)
+        to[i] = (float)from[i];
+    return simde_mm512_loadu_ps(to);
+}
+#define _mm512_cvtepi32_ps billm_cvtepi32_ps /* missing in SIMDe 0.7 */
 #else
 #include <immintrin.h>
 #endif
@@ -59,6 +79,12 @@ static inline __m256i billm_word_mask(size_t words) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+struct billm_slab {
+    int8_t plain[8][32], salient[8][32]; /* 0 where a column is of the other class */
+    uint8_t not_salient[32];
+    int16_t sums[16]; /* per unit: of plain, of salient */
+};
+
 /* Put 256 activations into slab order: vector k gets x[8 i + k] as byte i, split into the columns that are salient and
  * those that are not; `sums` gets, per unit, the sum of the ones and of the others as a pair of int16. */
 static inline void billm_prepare256(const int8_t *x, const uint8_t *salient_plane, int8_t *plain, int8_t *salient,
@@ -100,6 +126,82 @@ static inline void billm_prepare256(const int8_t *x, const uint8_t *salient_plan
     plain_sum = _mm256_and_si256(_mm256_madd_epi16(plain_sum, _mm256_set1_epi16(1)), low_half);
     salient_sum = _mm256_slli_epi32(_mm256_madd_epi16(salient_sum, _mm256_set1_epi16(1)), 16);
     _mm256_storeu_si256((__m256i *)sums, _mm256_or_si256(plain_sum, salient_sum));
+}
+
+static inline size_t billm_prepared_bytes(const struct billm_weight *w) {
+    return (w->cols + 255) / 256 * sizeof(struct billm_slab);
+}
+
+static inline void billm_prepare(const struct billm_weight *w, const int8_t *x, void *prepared) {
+    struct billm_slab *slab = prepared;
+    for (size_t col = 0; col < w->cols; col += 256, slab++) {
+        int8_t values[256];
+        uint8_t salient[32];
+        const int8_t *from = x + col;
+        const uint8_t *plane = w->salient + col / 8;
+        if (w->cols - col < 256) {
+            memset(values, 0, sizeof values);
+            memset(salient, 0, sizeof salient);
+            memcpy(values, from, w->cols - col);
+            memcpy(salient, plane, w->stride - col / 8);
+            from = values;
+            plane = salient;
+        }
+        billm_prepare256(from, plane, slab->plain[0], slab->salient[0], 32, slab->not_salient, slab->sums);
+    }
+}
+
+/* sum(level * x) of each unit of a slab, from 32 bytes of both planes and the magnitudes of each unit's block. */
+typedef __m256i billm_unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes);
+
+/* The sums of one row over a slab that starts at `unit`, in block `block`. */
+__attribute__((always_inline)) static inline __m256i billm_row_sums(const struct billm_weight *w, size_t row, size_t unit,
+                                                                   size_t block, __m256i spread,
+                                                                   const struct billm_slab *slab,
+                                                                   billm_unit_sums *unit_sums) {
+    size_t units = w->stride / 4 - unit;
+    const uint8_t *sign = w->sign + row * w->stride + 4 * unit, *second = w->second + row * w->stride + 4 * unit;
+    const void *scales = w->scales + 4 * (row * w->blocks + block);
+    __m256i packed = _mm256_maskload_epi32(scales, billm_word_mask(billm_min(256 / w->block, w->blocks - block)));
+    __m256i magnitudes = billm_magnitudes(_mm256_permutevar8x32_epi32(packed, spread));
+    if (units >= 8)
+        return unit_sums(_mm256_loadu_si256((const void *)sign), _mm256_loadu_si256((const void *)second), slab,
+                         magnitudes);
+    __m256i words = billm_word_mask(units);
+    return unit_sums(_mm256_maskload_epi32((const void *)sign, words), _mm256_maskload_epi32((const void *)second, words),
+                     slab, magnitudes);
+}
+
+/* acc[0 .. end - row) from the prepared token; eight rows at a time, so that a lane of the running sums is a row. */
+__attribute__((always_inline)) static inline void billm_gemv(const struct billm_weight *w, const void *prepared,
+                                                            const float *x_scale, size_t row, size_t end, float *acc,
+                                                            billm_unit_sums *unit_sums) {
+    const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4;
+    int32_t block_of_unit[8];
+    for (size_t i = 0; i < 8; i++)
+        block_of_unit[i] = (int32_t)(i / units_per_block);
+    const __m256i spread = _mm256_loadu_si256((const __m256i *)block_of_unit);
+    for (; row < end; row += 8) {
+        size_t rows = billm_min(8, end - row), unit = 0, block = 0;
+        __m256 total = _mm256_setzero_ps();
+        for (const struct billm_slab *slab = prepared; unit < units; slab++) {
+            __m256i sums[8], sum = _mm256_setzero_si256();
+            for (size_t r = 0; r < 8; r++) /* a short group repeats its last row */
+                sums[r] = billm_row_sums(w, row + billm_min(r, rows - 1), unit, block, spread, slab, unit_sums);
+            billm_transpose8(sums);
+            for (size_t i = 0, left = units - unit; i < billm_min(8, left); i++) {
+                sum = _mm256_add_epi32(sum, sums[i]);
+                if (++unit % units_per_block == 0 || unit == units) {
+                    total = billm_step(total, x_scale[block++], sum);
+                    sum = _mm256_setzero_si256();
+                }
+            }
+        }
+        float result[8];
+        _mm256_storeu_ps(result, total);
+        memcpy(acc, result, rows * sizeof *acc);
+        acc += rows;
+    }
 }
 
 #endif

@@ -1,0 +1,331 @@
+/* Arm with the dot-product instructions (Armv8.2 and later, every Apple chip): sdot sums four bytes into an int32 lane.
+ *
+ * Decoding is the algebra that x86.h explains, with slabs of 128 columns. For prompts a level, up to 255, becomes two
+ * signed bytes: level = 2 high + low, |high| <= 127, |low| <= 1.
+ */
+#include "kernels.h"
+
+#include <arm_neon.h>
+
+static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
+    billm_quantize_token(x, col_scale, cols, block, values, scales);
+}
+
+/* acc + scale * sum, two roundings. */
+static inline float32x4_t step(float32x4_t acc, float scale, int32x4_t sum) {
+    return vaddq_f32(acc, vmulq_n_f32(vcvtq_f32_s32(sum), scale));
+}
+
+/* The four magnitudes (bytes of each 32-bit lane) from alpha_c, alpha_s, alpha_o, alpha_r. */
+static inline uint8x16_t magnitudes_of(uint32x4_t scales) {
+    static const uint8_t repeat_o[16] = {0, 1, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 12, 13, 14, 14};
+    uint32x4_t residual = vandq_u32(scales, vdupq_n_u32(0xff000000u));
+    uint8x16_t sum = vqaddq_u8(vqtbl1q_u8(vreinterpretq_u8_u32(scales), vld1q_u8(repeat_o)), vreinterpretq_u8_u32(residual));
+    return vqsubq_u8(sum, vreinterpretq_u8_u32(vshrq_n_u32(residual, 8)));
+}
+
+/* r[i] lane j -> r[j] lane i. */
+static inline void transpose4(int32x4_t r[4]) {
+    int32x4_t a = vtrn1q_s32(r[0], r[1]), b = vtrn2q_s32(r[0], r[1]);
+    int32x4_t c = vtrn1q_s32(r[2], r[3]), d = vtrn2q_s32(r[2], r[3]);
+    r[0] = vcombine_s32(vget_low_s32(a), vget_low_s32(c));
+    r[1] = vcombine_s32(vget_low_s32(b), vget_low_s32(d));
+    r[2] = vcombine_s32(vget_high_s32(a), vget_high_s32(c));
+    r[3] = vcombine_s32(vget_high_s32(b), vget_high_s32(d));
+}
+
+/* ---- decoding ---- */
+
+enum { SLAB_COLS = 128, SLAB_UNITS = 4 };
+
+struct slab {
+    int8_t plain[8][16], salient[8][16]; /* 0 where a column is of the other class */
+    uint8_t not_salient[16];
+    int32_t plain_sums[4], salient_sums[4]; /* per unit */
+};
+
+static size_t prepared_bytes(const struct billm_weight *w) {
+    return (w->cols + SLAB_COLS - 1) / SLAB_COLS * sizeof(struct slab);
+}
+
+static void prepare_slab(const int8_t *x, const uint8_t *salient_plane, struct slab *slab) {
+    int8x16x4_t low = vld4q_s8(x), high = vld4q_s8(x + 64);
+    uint8x16_t plane = vld1q_u8(salient_plane);
+    int32x4_t plain_sum = vdupq_n_s32(0), salient_sum = plain_sum;
+    vst1q_u8(slab->not_salient, vmvnq_u8(plane));
+    for (int k = 0; k < 8; k++) {
+        int8x16_t values = k < 4 ? vuzp1q_s8(low.val[k], high.val[k]) : vuzp2q_s8(low.val[k - 4], high.val[k - 4]);
+        int8x16_t mask = vreinterpretq_s8_u8(vtstq_u8(plane, vdupq_n_u8((uint8_t)(1 << k))));
+        int8x16_t plain = vbicq_s8(values, mask), salient = vandq_s8(values, mask);
+        vst1q_s8(slab->plain[k], plain);
+        vst1q_s8(slab->salient[k], salient);
+        plain_sum = vdotq_s32(plain_sum, vdupq_n_s8(1), plain);
+        salient_sum = vdotq_s32(salient_sum, vdupq_n_s8(1), salient);
+    }
+    vst1q_s32(slab->plain_sums, plain_sum);
+    vst1q_s32(slab->salient_sums, salient_sum);
+}
+
+static void prepare(const struct billm_weight *w, const int8_t *x, void *prepared) {
+    struct slab *slab = prepared;
+    for (size_t col = 0; col < w->cols; col += SLAB_COLS, slab++) {
+        int8_t values[SLAB_COLS] = {0};
+        uint8_t salient[SLAB_COLS / 8] = {0};
+        memcpy(values, x + col, billm_min(SLAB_COLS, w->cols - col));
+        memcpy(salient, w->salient + col / 8, billm_min(SLAB_COLS / 8, w->stride - col / 8));
+        prepare_slab(values, salient, slab);
+    }
+}
+
+/* sum(level * x) of each unit of a slab, from 16 bytes of both planes and the magnitudes of each unit's block. */
+static inline int32x4_t unit_sums(uint8x16_t s, uint8x16_t second, const struct slab *x, uint8x16_t magnitudes) {
+    const uint8x16_t one = vdupq_n_u8(1);
+    const uint32x4_t byte = vdupq_n_u32(0xff);
+    uint8x16_t q = veorq_u8(second, vbicq_u8(vld1q_u8(x->not_salient), s));
+    int32x4_t sp = vdupq_n_s32(0), ss = sp, qp = sp, qs = sp;
+    for (int k = 0; k < 8; k++) {
+        int8x16_t plain = vld1q_s8(x->plain[k]), salient = vld1q_s8(x->salient[k]);
+        int8x16_t s_bit = vreinterpretq_s8_u8(vandq_u8(s, one)), q_bit = vreinterpretq_s8_u8(vandq_u8(q, one));
+        s = vshrq_n_u8(s, 1);
+        q = vshrq_n_u8(q, 1);
+        sp = vdotq_s32(sp, s_bit, plain);
+        ss = vdotq_s32(ss, s_bit, salient);
+        qp = vdotq_s32(qp, q_bit, plain);
+        qs = vdotq_s32(qs, q_bit, salient);
+    }
+    uint32x4_t m = vreinterpretq_u32_u8(magnitudes);
+    int32x4_t m0 = vreinterpretq_s32_u32(vandq_u32(m, byte));
+    int32x4_t m1 = vreinterpretq_s32_u32(vandq_u32(vshrq_n_u32(m, 8), byte));
+    int32x4_t m2 = vreinterpretq_s32_u32(vandq_u32(vshrq_n_u32(m, 16), byte));
+    int32x4_t m3 = vreinterpretq_s32_u32(vshrq_n_u32(m, 24));
+    int32x4_t sum = vmulq_s32(sp, vaddq_s32(m0, m1));
+    sum = vmlaq_s32(sum, qp, vsubq_s32(m1, m0));
+    sum = vmlaq_s32(sum, ss, vaddq_s32(m2, m3));
+    sum = vmlaq_s32(sum, qs, vsubq_s32(m3, m2));
+    sum = vmlsq_s32(sum, m1, vld1q_s32(x->plain_sums));
+    return vmlsq_s32(sum, m3, vld1q_s32(x->salient_sums));
+}
+
+static inline uint8x16_t load_words(const uint8_t *from, size_t words) {
+    uint8_t bytes[16] = {0};
+    if (words >= 4)
+        return vld1q_u8(from);
+    memcpy(bytes, from, 4 * words);
+    return vld1q_u8(bytes);
+}
+
+static inline int32x4_t row_sums(const struct billm_weight *w, size_t row, size_t unit, const struct slab *slab) {
+    const uint8_t *scales = w->scales + 4 * row * w->blocks;
+    const size_t units_per_block = w->block / BILLM_UNIT, left = w->stride / 4 - unit;
+    uint32_t words[SLAB_UNITS];
+    for (size_t i = 0; i < SLAB_UNITS; i++)
+        words[i] = billm_load32(scales + 4 * billm_min((unit + i) / units_per_block, w->blocks - 1));
+    size_t at = row * w->stride + 4 * unit;
+    return unit_sums(load_words(w->sign + at, left), load_words(w->second + at, left), slab,
+                     magnitudes_of(vld1q_u32(words)));
+}
+
+/* Four rows at a time, so that a lane of the running sums is a row. */
+static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row, size_t end,
+                        float *acc) {
+    const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4;
+    for (; row < end; row += 4) {
+        size_t rows = billm_min(4, end - row), unit = 0, block = 0;
+        float32x4_t total = vdupq_n_f32(0.0f);
+        int32x4_t sum = vdupq_n_s32(0);
+        for (const struct slab *slab = prepared; unit < units; slab++) {
+            int32x4_t sums[4];
+            for (size_t r = 0; r < 4; r++) /* a short group repeats its last row */
+                sums[r] = row_sums(w, row + billm_min(r, rows - 1), unit, slab);
+            transpose4(sums);
+            for (size_t i = 0, left = units - unit; i < billm_min(SLAB_UNITS, left); i++) {
+                sum = vaddq_s32(sum, sums[i]);
+                if (++unit % units_per_block == 0 || unit == units) {
+                    total = step(total, x_scale[block++], sum);
+                    sum = vdupq_n_s32(0);
+                }
+            }
+        }
+        float result[4];
+        vst1q_f32(result, total);
+        memcpy(acc, result, rows * sizeof *acc);
+        acc += rows;
+    }
+}
+
+static int8x16_t load_start(const int8_t *from, size_t count) {
+    int8_t values[16] = {0};
+    memcpy(values, from, count);
+    return vld1q_s8(values);
+}
+
+static void int8_gemv(const struct billm_weight *w, const int8_t *x, const float *x_scale, size_t row, size_t end,
+                      float *acc) {
+    const size_t whole = w->cols / 16 * 16, rest = w->cols - whole;
+    const int8x16_t last = load_start(x + whole, rest);
+    for (; row < end; row += 4) {
+        size_t rows = billm_min(4, end - row);
+        float32x4_t total = vdupq_n_f32(0.0f);
+        for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
+            size_t stop = billm_min(col + w->block, whole);
+            int32x4_t sums[4];
+            for (size_t r = 0; r < 4; r++) {
+                const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
+                sums[r] = vdupq_n_s32(0);
+                for (size_t j = col; j < stop; j += 16)
+                    sums[r] = vdotq_s32(sums[r], vld1q_s8(values + j), vld1q_s8(x + j));
+                if (rest && b + 1 == w->blocks)
+                    sums[r] = vdotq_s32(sums[r], load_start(values + whole, rest), last);
+            }
+            int32x4_t sum = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
+            total = step(total, x_scale[b], sum);
+        }
+        float result[4];
+        vst1q_f32(result, total);
+        memcpy(acc, result, rows * sizeof *acc);
+        acc += rows;
+    }
+}
+
+/* ---- prompts: a tile is int8 [cols / 4][high, low][8 rows][4], a packed token int8 [cols] ---- */
+
+enum { TILE_ROWS = 8, QUAD_BYTES = 2 * TILE_ROWS * 4 };
+
+static inline uint32x4_t load_rows(const uint8_t *from, size_t stride, size_t rows) {
+    uint32_t words[4];
+    for (size_t r = 0; r < 4; r++)
+        words[r] = billm_load32(from + billm_min(r, rows - 1) * stride);
+    return vld1q_u32(words);
+}
+
+static inline int8x16_t negate_where(uint8x16_t mask, uint8x16_t value) {
+    return vreinterpretq_s8_u8(vsubq_u8(veorq_u8(value, mask), mask));
+}
+
+/* 32 columns of four rows. */
+static inline void decode_unit(uint32x4_t sign, uint32x4_t second, uint32_t salient, const uint8x16_t m[4], int8_t *out) {
+    static const uint8_t first_byte[16] = {0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
+    uint32x4_t minus = vmvnq_u32(sign), salient4 = vdupq_n_u32(salient);
+    uint8x16_t negative = vreinterpretq_u8_u32(minus), classes = vreinterpretq_u8_u32(salient4);
+    uint8x16_t chosen = vreinterpretq_u8_u32(veorq_u32(second, vandq_u32(minus, salient4)));
+    for (unsigned byte = 0; byte < 4; byte++) {
+        uint8x16_t index = vaddq_u8(vld1q_u8(first_byte), vdupq_n_u8((uint8_t)byte));
+        uint8x16_t c = vqtbl1q_u8(chosen, index), n = vqtbl1q_u8(negative, index), s = vqtbl1q_u8(classes, index);
+        for (unsigned nibble = 0; nibble < 2; nibble++, out += QUAD_BYTES) {
+            uint8x16_t bits = vreinterpretq_u8_u32(vdupq_n_u32(nibble ? 0x80402010u : 0x08040201u));
+            uint8x16_t is_salient = vtstq_u8(s, bits), minus_mask = vtstq_u8(n, bits);
+            uint8x16_t level = vbslq_u8(vtstq_u8(c, bits), vbslq_u8(is_salient, m[3], m[1]), vbslq_u8(is_salient, m[2], m[0]));
+            vst1q_s8(out, negate_where(minus_mask, vshrq_n_u8(level, 1)));
+            vst1q_s8(out + TILE_ROWS * 4, negate_where(minus_mask, vandq_u8(level, vdupq_n_u8(1))));
+        }
+    }
+}
+
+static void binary_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    for (size_t half = 0; half < 2; half++) {
+        size_t first = row + billm_min(4 * half, rows - 1), count = rows > 4 * half ? billm_min(4, rows - 4 * half) : 1;
+        const uint8_t *sign = w->sign + first * w->stride, *second = w->second + first * w->stride;
+        const uint8_t *scales = w->scales + 4 * first * w->blocks;
+        int8_t *out = (int8_t *)tile + 16 * half;
+        uint8x16_t m[4];
+        for (size_t j = col; j < col + cols; j += BILLM_UNIT, out += 8 * QUAD_BYTES) {
+            if (j % w->block == 0) {
+                uint8x16_t all = magnitudes_of(load_rows(scales + 4 * (j / w->block), 4 * w->blocks, count));
+                uint32x4_t word = vreinterpretq_u32_u8(all);
+                for (int i = 0; i < 4; i++, word = vshrq_n_u32(word, 8))
+                    m[i] = vreinterpretq_u8_u32(vmulq_n_u32(vandq_u32(word, vdupq_n_u32(0xff)), 0x01010101u));
+            }
+            decode_unit(load_rows(sign + j / 8, w->stride, count), load_rows(second + j / 8, w->stride, count),
+                        billm_load32(w->salient + j / 8), m, out);
+        }
+    }
+}
+
+static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    for (size_t half = 0; half < 2; half++) {
+        int8_t *out = (int8_t *)tile + 16 * half;
+        for (size_t j = 0; j < billm_round_up(cols, BILLM_UNIT); j += 16, out += 4 * QUAD_BYTES) {
+            int32x4_t values[4];
+            for (size_t r = 0; r < 4; r++) {
+                const int8_t *from = w->values + (row + billm_min(4 * half + r, rows - 1)) * w->stride + col + j;
+                size_t left = j < cols ? cols - j : 0;
+                values[r] = vreinterpretq_s32_s8(left >= 16 ? vld1q_s8(from) : load_start(from, left));
+            }
+            transpose4(values);
+            for (size_t q = 0; q < 4; q++) {
+                int8x16_t value = vreinterpretq_s8_s32(values[q]);
+                vst1q_s8(out + q * QUAD_BYTES, vshrq_n_s8(value, 1));
+                vst1q_s8(out + q * QUAD_BYTES + TILE_ROWS * 4, vandq_s8(value, vdupq_n_s8(1)));
+            }
+        }
+    }
+}
+
+static void pack(const int8_t *x, size_t cols, void *packed) {
+    memset(packed, 0, billm_round_up(cols, BILLM_UNIT));
+    memcpy(packed, x, cols);
+}
+
+/* One quad of columns, four tokens: high (h) and low (l) sums of rows 0..3 (0) and 4..7 (1). */
+#define QUAD(q)                                                                                                        \
+    do {                                                                                                               \
+        int8x16_t high0 = vld1q_s8(tile + (q) * QUAD_BYTES), high1 = vld1q_s8(tile + (q) * QUAD_BYTES + 16);           \
+        int8x16_t low0 = vld1q_s8(tile + (q) * QUAD_BYTES + 32), low1 = vld1q_s8(tile + (q) * QUAD_BYTES + 48);        \
+        for (int t = 0; t < BILLM_TOKEN_STEP; t++) {                                                                   \
+            h0[t] = vdotq_laneq_s32(h0[t], high0, value[t], q);                                                        \
+            h1[t] = vdotq_laneq_s32(h1[t], high1, value[t], q);                                                        \
+            l0[t] = vdotq_laneq_s32(l0[t], low0, value[t], q);                                                         \
+            l1[t] = vdotq_laneq_s32(l1[t], low1, value[t], q);                                                         \
+        }                                                                                                              \
+    } while (0)
+
+static void multiply_block(const int8_t *tile, size_t cols, const int8_t *x, size_t x_stride,
+                           int32x4_t sums[BILLM_TOKEN_STEP][2]) {
+    int32x4_t h0[BILLM_TOKEN_STEP], h1[BILLM_TOKEN_STEP], l0[BILLM_TOKEN_STEP], l1[BILLM_TOKEN_STEP];
+    for (int t = 0; t < BILLM_TOKEN_STEP; t++)
+        h0[t] = h1[t] = l0[t] = l1[t] = vdupq_n_s32(0);
+    for (size_t j = 0; j < cols; j += 16, tile += 4 * QUAD_BYTES) {
+        int8x16_t value[BILLM_TOKEN_STEP];
+        for (size_t t = 0; t < BILLM_TOKEN_STEP; t++)
+            value[t] = vld1q_s8(x + t * x_stride + j);
+        QUAD(0);
+        QUAD(1);
+        QUAD(2);
+        QUAD(3);
+    }
+    for (int t = 0; t < BILLM_TOKEN_STEP; t++) {
+        sums[t][0] = vaddq_s32(vshlq_n_s32(h0[t], 1), l0[t]);
+        sums[t][1] = vaddq_s32(vshlq_n_s32(h1[t], 1), l1[t]);
+    }
+}
+
+static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
+                     size_t scale_stride, size_t tokens, float *acc) {
+    for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
+        for (size_t b = 0, col = 0; col < cols; b++, col += block) {
+            int32x4_t sums[BILLM_TOKEN_STEP][2];
+            multiply_block((const int8_t *)tile + col / 4 * QUAD_BYTES, billm_min(block, cols - col),
+                           (const int8_t *)x + t * x_stride + col, x_stride, sums);
+            for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
+                float scale = x_scale[(t + i) * scale_stride + b], *to = acc + i * TILE_ROWS;
+                vst1q_f32(to, step(vld1q_f32(to), scale, sums[i][0]));
+                vst1q_f32(to + 4, step(vld1q_f32(to + 4), scale, sums[i][1]));
+            }
+        }
+    }
+}
+
+const struct billm_isa billm_neon = {
+    .name = "neon-dotprod",
+    .tile_rows = TILE_ROWS,
+    .packed_bytes = sizeof(int8_t),
+    .quantize = quantize,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
+    .binary_gemv = binary_gemv,
+    .int8_gemv = int8_gemv,
+    .binary_tile = binary_tile,
+    .int8_tile = int8_tile,
+    .pack = pack,
+    .multiply = multiply,
+};

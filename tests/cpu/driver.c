@@ -1,0 +1,156 @@
+/* Random products, each instruction set against the portable one, bit for bit; every operand ends where an unmapped page
+ * begins, and every output starts poisoned. Usage: driver SEED ROUNDS INSTRUCTION_SET...
+ * Stands alone, so that it runs under an emulator (NEON), over emulated intrinsics (AVX-512) and with sanitizers. */
+#include "kernels.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static uint64_t state;
+
+static uint32_t draw(void) { /* xorshift64* */
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return (uint32_t)(state * 0x2545f4914f6cdd1dull >> 32);
+}
+
+static size_t below(size_t n) {
+    return draw() % n;
+}
+
+struct guarded {
+    void *data, *map;
+    size_t map_size;
+};
+
+/* `size` bytes, the last of them just before a page that must not be touched. */
+static struct guarded guarded_alloc(size_t size) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), used = billm_round_up(size, page);
+    struct guarded block = {NULL, NULL, used + page};
+    block.map = mmap(NULL, block.map_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (block.map == MAP_FAILED || mprotect((char *)block.map + used, page, PROT_NONE)) {
+        perror("mmap");
+        exit(2);
+    }
+    block.data = (char *)block.map + used - size;
+    return block;
+}
+
+enum { SIGN, SECOND, SALIENT, SCALES, VALUES, X, X_SCALE, ROW_SCALE, BIAS, OUT, EXPECTED, BLOCKS };
+
+struct problem {
+    struct guarded memory[BLOCKS];
+    struct billm_weight binary, int8;
+    struct billm_tokens x;
+    struct billm_epilogue epilogue;
+};
+
+static const size_t edges[] = {1, 8, 31, 32, 33, 40, 63, 64, 65, 96, 127, 128, 129, 255, 256, 257, 320, 512, 513, 576, 896, 1055};
+static const size_t token_counts[] = {1, 1, 1, 2, 3, 4, 5, 8, 9, 33};
+
+static void fill_bytes(struct guarded *block, size_t size, int extreme, uint8_t value) {
+    *block = guarded_alloc(size);
+    for (size_t i = 0; i < size; i++)
+        ((uint8_t *)block->data)[i] = extreme ? value : (uint8_t)draw();
+}
+
+static void fill_floats(struct guarded *block, size_t count) {
+    *block = guarded_alloc(4 * count);
+    for (size_t i = 0; i < count; i++)
+        ((float *)block->data)[i] = ((float)below(20001) - 10000.0f) / 4096.0f;
+}
+
+static void make(struct problem *p) {
+    size_t rows = 1 + below(below(8) ? 20 : 90), cols = edges[below(sizeof edges / sizeof *edges)];
+    size_t block = (size_t)32 << below(4), tokens = token_counts[below(sizeof token_counts / sizeof *token_counts)];
+    size_t blocks = (cols + block - 1) / block, stride = (cols + 31) / 32 * 4;
+    int extreme = below(4) == 0; /* everything at the end of its range: sums must not overflow or saturate */
+    fill_bytes(&p->memory[SIGN], rows * stride, extreme, 0xff);
+    fill_bytes(&p->memory[SECOND], rows * stride, extreme, below(2) ? 0xff : 0);
+    fill_bytes(&p->memory[SALIENT], stride, extreme, below(2) ? 0xff : 0);
+    fill_bytes(&p->memory[SCALES], rows * blocks * 4, extreme, 0xff);
+    fill_bytes(&p->memory[VALUES], rows * cols, extreme, 0x80);
+    fill_bytes(&p->memory[X], tokens * cols, extreme, below(2) ? 127 : 0x81);
+    int8_t *x = p->memory[X].data;
+    for (size_t i = 0; i < tokens * cols; i++)
+        x[i] = x[i] == -128 ? 0 : x[i];
+    fill_floats(&p->memory[X_SCALE], tokens * blocks);
+    fill_floats(&p->memory[ROW_SCALE], rows);
+    fill_floats(&p->memory[BIAS], rows);
+    p->memory[OUT] = guarded_alloc(4 * tokens * rows);
+    p->memory[EXPECTED] = guarded_alloc(4 * tokens * rows);
+    p->binary = (struct billm_weight){rows, cols, block, blocks, stride, p->memory[SIGN].data, p->memory[SECOND].data,
+                                      p->memory[SALIENT].data, p->memory[SCALES].data, NULL};
+    p->int8 = (struct billm_weight){rows, cols, block, blocks, cols, NULL, NULL, NULL, NULL, p->memory[VALUES].data};
+    p->x = (struct billm_tokens){x, p->memory[X_SCALE].data, tokens};
+    p->epilogue = (struct billm_epilogue){p->memory[ROW_SCALE].data, 0, below(2) ? p->memory[BIAS].data : NULL};
+}
+
+static void run(const char *isa, const struct billm_weight *weight, const struct problem *p, int into) {
+    size_t bytes = 4 * p->x.count * weight->rows;
+    memset(p->memory[into].data, 0xff, bytes); /* NaN */
+    if (billm_select(isa) || billm_linear(weight, &p->x, &p->epilogue, p->memory[into].data)) {
+        fprintf(stderr, "%s does not run here\n", isa);
+        exit(2);
+    }
+}
+
+static int differs(const char *isa, const char *what, const struct billm_weight *w, const struct problem *p) {
+    run("portable", w, p, EXPECTED);
+    run(isa, w, p, OUT);
+    const float *out = p->memory[OUT].data, *expected = p->memory[EXPECTED].data;
+    for (size_t i = 0; i < p->x.count * w->rows; i++)
+        if (!(out[i] == expected[i])) {
+            fprintf(stderr, "%s, %s: rows %zu, cols %zu, block %zu, tokens %zu: out[%zu, %zu] = %.9g, wanted %.9g\n", isa, what,
+                    w->rows, w->cols, w->block, p->x.count, i / w->rows, i % w->rows, (double)out[i], (double)expected[i]);
+            return 1;
+        }
+    return 0;
+}
+
+static int quantize_differs(const char *isa, const struct problem *p) {
+    size_t cols = p->binary.cols, block = p->binary.block, blocks = p->binary.blocks, tokens = p->x.count;
+    struct guarded x, col_scale, values[2], scales[2];
+    int scaled = (int)below(2);
+    fill_floats(&x, tokens * cols);
+    fill_floats(&col_scale, cols);
+    for (int i = 0; i < 2; i++) {
+        values[i] = guarded_alloc(tokens * cols);
+        scales[i] = guarded_alloc(4 * tokens * blocks);
+        memset(values[i].data, 0x80, tokens * cols);
+        billm_select(i ? isa : "portable");
+        billm_quantize(x.data, scaled ? col_scale.data : NULL, tokens, cols, block, values[i].data, scales[i].data);
+    }
+    int bad = memcmp(values[0].data, values[1].data, tokens * cols) || memcmp(scales[0].data, scales[1].data, 4 * tokens * blocks);
+    if (bad)
+        fprintf(stderr, "%s, quantize: cols %zu, block %zu, tokens %zu differ\n", isa, cols, block, tokens);
+    struct guarded *all[] = {&x, &col_scale, &values[0], &values[1], &scales[0], &scales[1]};
+    for (size_t i = 0; i < 6; i++)
+        munmap(all[i]->map, all[i]->map_size);
+    return bad;
+}
+
+int main(int argc, char **argv) {
+    if (argc < 4)
+        return 2;
+    state = strtoull(argv[1], NULL, 10) * 2 + 1;
+    long rounds = atol(argv[2]);
+    int bad = 0;
+    for (long round = 0; round < rounds && !bad; round++) {
+        struct problem p;
+        make(&p);
+        billm_pool_set_threads(1 + (int)below(3));
+        for (int i = 3; i < argc && !bad; i++)
+            bad = differs(argv[i], "binary", &p.binary, &p) || differs(argv[i], "int8", &p.int8, &p) ||
+                  quantize_differs(argv[i], &p);
+        for (int i = 0; i < BLOCKS; i++)
+            munmap(p.memory[i].map, p.memory[i].map_size);
+    }
+    billm_pool_set_threads(1);
+    if (!bad)
+        printf("%ld rounds agree\n", rounds);
+    return bad;
+}
