@@ -10,7 +10,7 @@ from torch import Tensor
 
 from billm_convert.binarize import row_step
 from billm_convert.hessian import factor_inverse
-from billm_convert.solver import PaperSettings, SolvedLinear, _compensate, solve_linear
+from billm_convert.solver import PaperSettings, SolvedLinear, _compensate, _solve_blocks, solve_linear
 from billm_format.errors import UsageError
 from billm_format.layout import ALPHA_O, ALPHA_R
 from billm_format.packing import unpack_bits
@@ -27,10 +27,12 @@ def _problem(seed: int, rows: int = 48, cols: int = 176, tokens: int = 600) -> t
 
 
 def _error(weight: Tensor, binarized: NDArray[np.float32], hessian: Tensor) -> float:
-    """tr(D H Dᵀ) / tr(W H Wᵀ), row by row."""
+    """tr(D H Dᵀ) / tr(W H Wᵀ) in float64."""
     w, h = weight.double().numpy(), hessian.double().numpy()
     delta = w - binarized.astype(np.float64)
-    return sum(row @ h @ row for row in delta) / sum(row @ h @ row for row in w)
+    return float(
+        np.einsum("ri,ij,rj->", delta, h, delta, optimize=True) / np.einsum("ri,ij,rj->", w, h, w, optimize=True)
+    )
 
 
 def _bytes(solved: SolvedLinear) -> bytes:
@@ -114,13 +116,15 @@ def test_compensation_works_on_the_stored_weights(seed: int) -> None:
 
 
 def test_eight_bit_scales_cost_little(seed: int) -> None:
-    """The same algorithm with scales left alone, by the reference, is hardly better."""
-    weight, hessian = _problem(seed, rows=16, cols=96)
-    stored = solve_linear(weight, hessian, PaperSettings(BLOCK)).error
-    upper = paper_reference.cholesky_of_inverse(hessian.double().numpy(), 0.01)
-    run = paper_reference.BiLLM(paper_reference.Quantizer(), 3, 30, percentile=False)
-    unrounded = run.run(weight.double().numpy(), upper, BLOCK).B.astype(np.float32)
-    assert stored == pytest.approx(_error(weight, unrounded, hessian), rel=0.02)
+    """On average over problems: a single one may fall either way, since one other mask changes all that follows."""
+    settings, ratios = PaperSettings(), []
+    for step in range(8):
+        weight, hessian = _problem(seed + step, rows=200, cols=512)
+        upper = factor_inverse(hessian, settings.damp).upper.to(weight)
+        blocks = [codes.weight for codes in _solve_blocks(weight, upper, settings, None)]
+        unrounded = _error(weight, torch.cat(blocks, dim=1).numpy(), hessian)
+        ratios.append(np.log(solve_linear(weight, hessian, settings).error / unrounded))
+    assert abs(np.mean(ratios)) < 0.04
 
 
 def test_better_than_signs_and_than_no_compensation(seed: int) -> None:
