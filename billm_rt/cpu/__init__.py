@@ -15,15 +15,14 @@ import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
-from billm_format.layout import num_blocks
 from numpy.typing import NDArray
 
+from billm_format.layout import num_blocks
 from billm_rt.cpu import fallback
 from billm_rt.cpu.fallback import QuantizedActivations
 
 if TYPE_CHECKING:
     from billm_format.packing import PackedLinear
-
     from billm_rt.cpu import _native
 
 __all__ = [

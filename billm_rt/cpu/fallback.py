@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
 from billm_format.config import BLOCK_SIZES
 from billm_format.layout import num_blocks, row_bytes
 from billm_format.packing import PackedLinear
-from numpy.typing import NDArray
 
 _ROWS_AT_A_TIME = 512  # bounds the levels that are unpacked at once
 
@@ -53,10 +54,11 @@ def binary_linear(
     _check("scales", weight.scales, np.uint8, (rows, weight.num_blocks, 4))
     _check_activations(x, cols)
     scale: NDArray[np.float16] | NDArray[np.float32] = weight.row_scale
-    if row_scale is not None:
+    if row_scale is None:
+        _check_scale("row_scale", scale, rows)
+    else:
         _check("row_scale", row_scale, np.float32, (rows,))
         scale = row_scale
-    _check("row_scale", scale, scale.dtype, (rows,))
     out = np.empty((x.values.shape[0], rows), np.float32)
     for start in range(0, rows, _ROWS_AT_A_TIME):
         stop = min(start + _ROWS_AT_A_TIME, rows)
@@ -75,9 +77,7 @@ def int8_linear(
     _check_block(x.block)
     _check("weight", weight, np.int8, (-1, -1))
     rows, cols = weight.shape
-    if scale.dtype != np.float16:
-        _check("scale", scale, np.float32, (rows,))
-    _check("scale", scale, scale.dtype, (rows,))
+    _check_scale("scale", scale, rows)
     _check_activations(x, cols)
     out = np.empty((x.values.shape[0], rows), np.float32)
     for start in range(0, rows, _ROWS_AT_A_TIME):
@@ -95,6 +95,12 @@ def _block_products(level: NDArray[np.float32], x: QuantizedActivations) -> NDAr
         isum = x.values[:, columns].astype(np.float32) @ level[:, columns].T
         acc += x.scales[:, index, None] * isum
     return acc
+
+
+def _check_scale(name: str, scale: NDArray[np.generic], rows: int) -> None:
+    if scale.dtype not in (np.float16, np.float32):
+        raise TypeError(f"{name}: wanted dtype float16 or float32, found {scale.dtype}")
+    _check(name, scale, scale.dtype, (rows,))
 
 
 def _check_activations(x: QuantizedActivations, cols: int) -> None:
