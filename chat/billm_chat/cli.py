@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _session(args: argparse.Namespace) -> "Session":
     import billm_rt
-    from billm_chat.session import Session
+    from billm_chat.session import Session, encodable
 
     system = args.system
     if args.system_file is not None:
@@ -148,7 +148,7 @@ def _session(args: argparse.Namespace) -> "Session":
     )
     path = args.model if args.model is not None else args.model_option
     model = billm_rt.load(path, args.device, threads=args.threads, ctx=args.ctx)
-    return Session(model, settings, system=system, raw=args.raw)
+    return Session(model, settings, system=None if system is None else encodable(system), raw=args.raw)
 
 
 def _chat(session: "Session", args: argparse.Namespace) -> None:
@@ -157,7 +157,7 @@ def _chat(session: "Session", args: argparse.Namespace) -> None:
 
     history = None if args.no_history else state_folder() / "chat_history"
     with quiet_keyboard():
-        chat(session, Terminal(history=history), quiet=args.quiet)
+        chat(session, Terminal(history=history), quiet=args.quiet, debug=args.debug)
 
 
 # --- one-shot
@@ -206,9 +206,11 @@ def _answer_text(session: "Session", prompt: str, *, quiet: bool) -> None:
     from billm_chat.plain import PlainView, write_out
 
     view = PlainView(write_out)
-    for piece in session.ask(prompt):
-        view.write(piece)
-    view.finish()
+    try:
+        for piece in session.ask(prompt):
+            view.write(piece)
+    finally:
+        view.finish()
     if not quiet and (note := report.one_shot_ending(session)):
         print(f"billm-chat: {note}", file=sys.stderr)
 

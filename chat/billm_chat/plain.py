@@ -2,6 +2,7 @@
 
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 
 # Terminal control characters: a model may write any, and none may act.
@@ -11,6 +12,19 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def printable(text: str) -> str:
     """Return `text` without control characters other than line ends and tabs."""
     return _CONTROLS.sub("", text)
+
+
+def wrap(text: str, width: int) -> str:
+    """Return `text` with long lines cut between words; what stands right of a wide space stays a column there."""
+    wrapped = []
+    for line in text.split("\n"):
+        column = re.match(r" *\S+(?: \S+)* {2,}", line)
+        indent = len(column[0]) if column and len(column[0]) <= width // 2 else 0
+        cut = textwrap.wrap(
+            line, width, subsequent_indent=" " * indent, replace_whitespace=False, break_on_hyphens=False
+        )
+        wrapped += cut or [""]
+    return "\n".join(wrapped)
 
 
 def write_out(text: str) -> None:

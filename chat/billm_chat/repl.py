@@ -1,5 +1,6 @@
 """The loop of a chat: read, answer, and never die of an answer."""
 
+import traceback
 from collections.abc import Generator
 
 from billm_chat import commands, report
@@ -8,8 +9,8 @@ from billm_chat.terminal import Interrupt, Terminal
 from billm_format.errors import BillmError
 
 
-def chat(session: Session, terminal: Terminal, *, quiet: bool = False) -> None:
-    """Talk until the user leaves (Ctrl-D, /quit, or Ctrl-C twice at an empty line)."""
+def chat(session: Session, terminal: Terminal, *, quiet: bool = False, debug: bool = False) -> None:
+    """Talk until the user leaves (Ctrl-D, /quit, or Ctrl-C twice at an empty line); no error ends a conversation."""
     if not quiet:
         terminal.say(report.banner(session))
         for warning in report.warnings(session):
@@ -33,8 +34,10 @@ def chat(session: Session, terminal: Terminal, *, quiet: bool = False) -> None:
         leaving = False
         try:
             prefill, stay = _handle(session, terminal, line)
-        except (BillmError, OSError, MemoryError) as error:
+        except Exception as error:
             prefill, stay = "", True
+            if debug:
+                traceback.print_exc()
             terminal.error(_sentence(error))
         except KeyboardInterrupt:  # one Ctrl-C more than the answer needed
             prefill, stay = "", True
@@ -81,10 +84,12 @@ def _answer(session: Session, terminal: Terminal, pieces: Generator[str, None, N
     terminal.gap()
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: Exception) -> str:
+    if isinstance(error, BillmError):
+        return str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
     if isinstance(error, MemoryError):
         return "out of memory: /reset, or start again with a smaller --ctx"
-    return str(error)
+    return f"internal error: {type(error).__name__}: {error} (this is a defect: please report it with --debug)"

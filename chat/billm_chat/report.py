@@ -88,7 +88,7 @@ def memory(session: Session) -> str:
 
 def speed(turn: Turn, context: str) -> str:
     """Return the one line that follows an answer when `/stats on`."""
-    return f"{_prompt_speed(turn)} · {_answer_speed(turn)} · {context}"
+    return f"prompt {_prompt_speed(turn)} · answer {_answer_speed(turn)} · context {context}"
 
 
 def stats(session: Session) -> str:
@@ -176,7 +176,7 @@ def _device(model: "Model") -> str:
 
 def _prompt_speed(turn: Turn) -> str:
     read = turn.prompt_tokens - turn.reused_tokens
-    reused = f" ({turn.reused_tokens:,} reused)" if turn.reused_tokens else ""
+    reused = f", {turn.reused_tokens:,} of them reused" if turn.reused_tokens else ""
     return f"{turn.prompt_tokens:,} tokens{reused}, {read:,} read at {_rate(read, turn.prompt_seconds)}"
 
 

@@ -103,7 +103,9 @@ OPTIONS: dict[str, Option] = {
     "repeat_penalty": Option(
         _number(float, 0, 100, above=True), "divide the odds of recent tokens; 1: off", ("--repeat-penalty",)
     ),
-    "repeat_last_n": Option(_number(int, 0, _BIG), "how many recent tokens that looks at", ("--repeat-last-n",)),
+    "repeat_last_n": Option(
+        _number(int, -1, _BIG), "how many recent tokens that looks at; -1: all", ("--repeat-last-n",)
+    ),
     "max_tokens": Option(
         _number(int, 1, _BIG), "longest answer, in tokens", ("--max-tokens", "-n", "--max-new-tokens")
     ),

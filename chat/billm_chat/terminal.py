@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from billm_chat.markdown import STYLE, blocks, render, without_begun_markup
-from billm_chat.plain import PlainView, printable, write_out
+from billm_chat.plain import PlainView, printable, wrap, write_out
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -157,7 +157,7 @@ class Terminal:
     def say(self, text: str, style: str = "") -> None:
         """Print lines of our own, wrapped between words."""
         if text:
-            self.console.print(Text(printable(text), style=style))
+            self.console.print(Text(wrap(printable(text), self.console.width), style=style))
 
     def note(self, text: str) -> None:
         """Print something by the way."""

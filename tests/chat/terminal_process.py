@@ -63,6 +63,12 @@ class TerminalProcess:
             if not self._read(end - time.monotonic()):
                 raise AssertionError(f"{text!r} did not come; shown: {self.shown[after:]!r}")
 
+    def wait_for_more(self, count: int, *, after: int, seconds: float = 30) -> None:
+        """Read until `count` characters are shown behind position `after`."""
+        end = time.monotonic() + seconds
+        while len(self.shown) < after + count:
+            assert self._read(end - time.monotonic()), f"no more came than {self.shown[after:]!r}"
+
     def wait_for_exit(self, seconds: float = 30) -> int:
         """Read to the end and return the exit code."""
         end = time.monotonic() + seconds

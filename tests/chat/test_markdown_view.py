@@ -10,7 +10,7 @@ from rich.console import Console
 
 from billm_chat import terminal
 from billm_chat.markdown import blocks, render
-from billm_chat.plain import PlainView, printable
+from billm_chat.plain import PlainView, printable, wrap
 from billm_chat.terminal import LiveLines, MarkdownView
 
 ANSWER = """\
@@ -181,3 +181,16 @@ def test_control_characters_of_the_model_do_nothing(
     text = "".join(written)
     assert "\x1b[2J" not in text and not set(text) & set("\x07\x08\x9b\x7f")
     assert printable(CONTROLS) == "a[2Jbcdefg\tindent\nend"
+
+
+def test_wrapped_columns_stay_columns() -> None:
+    text = "/save FILE      save the conversation, whole\n\na line of many words without columns\nab  c"
+    assert wrap(text, 32).split("\n") == [
+        "/save FILE      save the",
+        "                conversation,",
+        "                whole",
+        "",
+        "a line of many words without",
+        "columns",
+        "ab  c",
+    ]
