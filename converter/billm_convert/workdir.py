@@ -142,10 +142,14 @@ class WorkFolder:
         """Put `data` under its name in one step that survives a power cut."""
         temporary = self.path / f"{name}.tmp"
         with self._explain_full_disk(len(data)):
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                temporary.unlink(missing_ok=True)  # half of it would only fill the disk further
+                raise
             temporary.replace(self.path / name)
             folder = os.open(self.path, os.O_RDONLY)
             try:

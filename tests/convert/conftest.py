@@ -4,6 +4,10 @@ import os
 import random
 
 import pytest
+import torch
+
+# The models here are tiny: a second thread only waits. It would also keep tests from forking (OpenMP's pool dies).
+torch.set_num_threads(1)
 
 
 @pytest.fixture
