@@ -3,7 +3,9 @@
 Call it only when asked for (`billm-ppl --against`): the imports take seconds and their memory counts as the process's.
 """
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +47,11 @@ def load(path: Path, vocab_size: int, threads: int | None = None) -> Reference:
     if path.is_file():
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
     try:
-        config = transformers.AutoConfig.from_pretrained(**where)
-        weights_bytes = 4 * _count_parameters(torch, transformers, config)
-        _check(path, config.vocab_size, vocab_size, weights_bytes)
-        model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+        with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a progress bar that no setting turns off
+            config = transformers.AutoConfig.from_pretrained(**where)
+            weights_bytes = 4 * _count_parameters(torch, transformers, config)
+            _check(path, config.vocab_size, vocab_size, weights_bytes)
+            model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     except ImportError as error:
         raise _missing(error) from None
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:  # all that from_pretrained throws

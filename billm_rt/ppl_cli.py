@@ -262,7 +262,8 @@ Row = tuple[str, str, str]  # what, ours, the reference's
 
 
 def _show(report: dict[str, Any]) -> None:
-    title = f"{report['data']['name']}: {report['windows']} windows of {report['seqlen']:,} tokens"
+    count = report["windows"]
+    title = f"{report['data']['name']}: {count:,} window{'s'[: count > 1]} of {report['seqlen']:,} tokens"
     protocol = f"protocol {report['protocol']}: {ppl.DESCRIPTIONS[report['protocol']]}"
     rows = [*_quality_rows(report), *_cost_rows(report)]
     headings = ("", Path(report["file"]).name, "full precision (float32)" if "against" in report else "")
