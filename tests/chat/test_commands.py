@@ -11,7 +11,7 @@ from chat.fake_model import FakeModel
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from billm_chat import commands
+from billm_chat import commands, report
 from billm_chat.commands import Call, Reply, Then, is_unfinished, parse
 from billm_chat.line_input import CommandCompleter
 from billm_chat.session import Message, Session
@@ -273,3 +273,17 @@ def test_completion(tmp_path: Path) -> None:
     assert _completions("hello /re") == [] == _completions("/set temp 0")
     (tmp_path / "some notes.txt").touch()
     assert _completions(f"/read {tmp_path}{os.sep}so") == [f"/read {tmp_path}{os.sep}some notes.txt"]
+
+
+def test_banner_and_warnings(session: Session) -> None:
+    text = report.banner(session)
+    for part in ("fake.billm", "52.3 MB", "2.33 bits", "1.08 by the paper", "avx2", "context 1,000"):
+        assert part in text
+    model = cast(FakeModel, session.model)
+    assert [warning.split()[0] for warning in report.warnings(session)] == ["By"], "a tiny model by the paper's recipe"
+    model.config.vocab_size, model.config.embedding_size = 1 << 20, 1 << 10
+    assert report.warnings(session) == [], "a billion parameters may talk sense"
+    model.isa = "numpy"
+    model.tokenizer.has_chat_template = False
+    slow, plain = report.warnings(session)
+    assert "slow" in slow and "no chat template" in plain
