@@ -28,39 +28,51 @@ class Backend(Protocol):
 
     def load_tensor(self, array: NDArray[Any]) -> Array:
         """Return a small tensor (a norm's weight, a bias) as float32."""
+        ...
 
     def load_linears(self, linears: Sequence[PackedLinear]) -> Any:
         """Prepare Linears that read the same input; the result goes to `linears`."""
+        ...
 
     def load_table(self, weight: NDArray[Any], scale: NDArray[np.float16] | None) -> Any:
         """Prepare an embedding or head: int8 [rows, width] with float16 scale [rows], or float16 without."""
+        ...
 
     def linears(self, x: Array, group: Any) -> list[Array]:
         """Return W x + bias, float32 [tokens, rows], for every Linear of the group."""
+        ...
 
     def embed(self, token_ids: NDArray[np.int64], table: Any) -> Array:
         """Return the rows of `table` that `token_ids` names, float32 [tokens, width]."""
+        ...
 
     def head(self, x: Array, table: Any) -> Array:
         """Return x times the table's transpose, float32 [tokens, rows]."""
+        ...
 
     def dense(self, x: Array, weight: NDArray[Any]) -> Array:
         """Return x times the transpose of a full-precision weight [rows, cols]."""
+        ...
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """Return x / rms(x) * weight over the last axis."""
+        ...
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         """Return (x - mean(x)) / std(x) * weight + bias over the last axis."""
+        ...
 
     def rotary_table(self, start: int, count: int, inv_freq: Array, scale: float) -> tuple[Array, Array]:
         """Return cos and sin, float32 [count, 1, head_dim / 2], of positions start..start + count."""
+        ...
 
     def rotate(self, x: Array, table: tuple[Array, Array]) -> Array:
         """Turn heads [tokens, heads, head_dim] by their positions (rotate-half convention)."""
+        ...
 
     def activate(self, x: Array, function: Activation) -> Array:
         """Apply the activation function; may overwrite x."""
+        ...
 
     def attention(self, query: Array, cache: KVCache, layer: int, window: int | None) -> Array:
         """Attend from query [tokens, heads, head_dim] to `layer` of the cache, which already holds these tokens' keys.
@@ -68,6 +80,7 @@ class Backend(Protocol):
         Causal; `window` limits a query to itself and the window - 1 tokens before it. Returns float32
         [tokens, heads * head_dim].
         """
+        ...
 
 
 def choose(device: str, *, exact: bool = False, threads: int | None = None) -> Backend:
