@@ -73,10 +73,11 @@ def _finish(
         tokenizer = Tokenizer.from_str(data.decode())
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UsageError(f"{path}: tokenizer.json cannot be loaded ({error})") from None
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    # Added tokens may lie beyond the embedding (a [PAD] that the model never got): no ordinary text leads to them.
+    if (size := tokenizer.get_vocab_size(with_added_tokens=False)) > config.vocab_size:
         raise UsageError(
-            f"{path}: the tokenizer has {tokenizer.get_vocab_size():,} tokens but the model's embedding only "
-            f"{config.vocab_size:,} rows: they do not belong together"
+            f"{path}: the tokenizer has {size:,} tokens but the model's embedding only {config.vocab_size:,} rows: "
+            "they do not belong together"
         )
     for name, token in special.items():
         if token is not None and tokenizer.token_to_id(token) is None:
