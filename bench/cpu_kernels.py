@@ -1,0 +1,171 @@
+"""Speed of the CPU products per shape: decoding (one token) and prompts (512 tokens), beside NumPy's float32 product.
+
+    PYTHONPATH=.:format python bench/cpu_kernels.py [--threads N] [--isa NAME] [--json]
+
+Decoding walks through copies of the weight that together exceed the caches, as the layers of a model do; GB/s counts
+the bytes of the file that are read, against the read bandwidth that the same threads reach on plain memory. Times are
+medians. NumPy multiplies the dequantized float32 weight, also from copies that exceed the caches; its BLAS takes its own
+number of threads from OMP_NUM_THREADS.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from billm_format.command import add_common_options, emit_json, run_command
+from billm_format.errors import UsageError
+from billm_format.layout import num_blocks, row_bytes
+from billm_format.packing import PackedLinear
+from billm_rt import cpu
+
+BLOCK = 128
+LINEARS = [
+    ("SmolLM2-135M q, o", 576, 576),
+    ("SmolLM2-135M k, v", 192, 576),
+    ("SmolLM2-135M gate, up", 1536, 576),
+    ("SmolLM2-135M down", 576, 1536),
+    ("Qwen2.5-0.5B q, o", 896, 896),
+    ("Qwen2.5-0.5B gate, up", 4864, 896),
+    ("Qwen2.5-0.5B down", 896, 4864),
+    ("LLaMA-7B q, k, v, o", 4096, 4096),
+    ("LLaMA-7B gate, up", 11008, 4096),
+]
+HEAD = ("SmolLM2-135M head, int8", 49152, 576)
+
+
+def median_time(call: Callable[[int], object], seconds: float) -> float:
+    """Return the median duration of call(0), call(1), ... over about `seconds`, at least five calls after a warm-up."""
+    call(0)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call(len(times) + 1)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def read_bandwidth(threads: int, megabytes: int) -> float:
+    """Return the bytes per second that `threads` threads read from memory."""
+    parts = np.array_split(np.ones(megabytes << 17, np.uint64), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(p.nbytes for p in parts) / median_time(lambda _: list(pool.map(np.bitwise_or.reduce, parts)), 1.0)
+
+
+def random_linears(rng: np.random.Generator, rows: int, cols: int, megabytes: int) -> list[PackedLinear]:
+    """Return weights of one shape that together fill about `megabytes`."""
+    stride, blocks = row_bytes(cols), num_blocks(cols, BLOCK)
+    sizes = (rows * stride, rows * stride, rows * blocks * 4)
+    salient = np.packbits(rng.random(stride * 8) < 0.1)
+    weights = []
+    for _ in range(1 + (megabytes << 20) // sum(sizes)):
+        sign, second, scales = (np.frombuffer(rng.bytes(size), np.uint8) for size in sizes)
+        planes = sign.reshape(rows, stride), second.reshape(rows, stride)
+        scale = np.full(rows, 0.001, np.float16)
+        weights.append(PackedLinear(rows, cols, BLOCK, *planes, salient, scales.reshape(rows, blocks, 4), scale))
+    return weights
+
+
+def numpy_time(rng: np.random.Generator, rows: int, cols: int, tokens: int, args: argparse.Namespace) -> float:
+    """Return the median time of NumPy's float32 product of this shape."""
+    copies = 1 + (args.working_set << 20) // (rows * cols * 4) if tokens == 1 else 1
+    weight = rng.standard_normal((rows, cols), np.float32)
+    weights = [weight.copy() for _ in range(copies)]
+    x = rng.standard_normal((tokens, cols), np.float32)
+    return median_time(lambda i: x @ weights[i % copies].T, args.seconds)
+
+
+Product = Callable[[Any, cpu.QuantizedActivations], Any]
+
+
+def measure(
+    rng: np.random.Generator, name: str, weights: Sequence[Any], product: Product, nbytes: int, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Measure `product` of copies of one weight, each `nbytes` in the file: decoding, then a prompt."""
+    rows, cols = (weights[0].rows, weights[0].cols) if isinstance(weights[0], PackedLinear) else weights[0].shape
+    for tokens in (1, args.tokens):
+        x = cpu.quantize(rng.standard_normal((tokens, cols), np.float32), BLOCK)
+        used = weights if tokens == 1 else weights[:1]
+        for weight in used:
+            product(weight, x)  # the first use checks a weight: not what is measured
+        seconds = median_time(partial(lambda used, x, i: product(used[i % len(used)], x), used, x), args.seconds)
+        yield {
+            "name": name,
+            "rows": rows,
+            "cols": cols,
+            "tokens": tokens,
+            "microseconds": round(seconds * 1e6, 2),
+            "giga_weights_per_s": round(rows * cols * tokens / seconds / 1e9, 2),
+            "gigabytes_per_s": round(nbytes / seconds / 1e9, 2) if tokens == 1 else None,
+            "times_faster_than_numpy": round(numpy_time(rng, rows, cols, tokens, args) / seconds, 2),
+        }
+
+
+def products(rng: np.random.Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure every shape."""
+    for name, rows, cols in LINEARS:
+        linears = random_linears(rng, rows, cols, args.working_set)
+        nbytes = 2 * linears[0].sign.nbytes + linears[0].scales.nbytes + linears[0].row_scale.nbytes
+        yield from measure(rng, name, linears, cpu.binary_linear, nbytes, args)
+    name, rows, cols = HEAD
+    count = 1 + (args.working_set << 20) // (rows * cols)
+    tables = [np.frombuffer(rng.bytes(rows * cols), np.int8).reshape(rows, cols) for _ in range(count)]
+    scale = np.full(rows, 0.001, np.float16)
+    yield from measure(rng, name, tables, lambda table, x: cpu.int8_linear(table, scale, x), rows * (cols + 2), args)
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Measure every shape and print the table, or one JSON object."""
+    rng = np.random.default_rng(0)
+    try:
+        cpu.set_threads(args.threads or cpu.threads())
+        cpu.select_isa(args.isa or cpu.isa())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    bandwidth = read_bandwidth(cpu.threads(), args.working_set)
+    machine = {"isa": cpu.isa(), "threads": cpu.threads(), "read_gigabytes_per_s": round(bandwidth / 1e9, 2)}
+    if not args.json:
+        print(f"{machine['isa']}, {machine['threads']} threads, memory reads {machine['read_gigabytes_per_s']} GB/s")
+        print(
+            f"{'':25} {'rows x cols':>13} {'tokens':>6} {'median':>12} {'G weights/s':>11} {'GB/s':>7} {'vs NumPy':>9}"
+        )
+    results = []
+    for line in products(rng, args):
+        results.append(line)
+        if not args.json:
+            print_line(line)
+    if args.json:
+        emit_json("billm-cpu-kernels", 1, machine | {"products": results})
+
+
+def print_line(line: dict[str, Any]) -> None:
+    """Print one row of the table."""
+    print(
+        f"{line['name']:25} {line['rows']:>5} x {line['cols']:<5} {line['tokens']:>6} {line['microseconds']:>9.1f} us "
+        f"{line['giga_weights_per_s']:>11.1f} {line['gigabytes_per_s'] or '':>7} {line['times_faster_than_numpy']:>8.1f}x",
+        flush=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="cpu_kernels")
+    parser.add_argument("-t", "--threads", type=int, help="threads (default: all)")
+    parser.add_argument("--isa", help=f"instruction set, here one of: {', '.join(cpu.supported_isas())}")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a prompt (default: 512)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time to spend on each figure (default: 0.5)")
+    parser.add_argument(
+        "--working-set", type=int, default=256, help="megabytes that decoding walks through (default: 256)"
+    )
+    add_common_options(parser)
+    return run_command(parser, benchmark, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
