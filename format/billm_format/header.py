@@ -67,7 +67,14 @@ class Header:
 
 def defect(field: str, wanted: str, found: str, advice: str = DAMAGED) -> CorruptFileError:
     """Return the error for one wrong field; the reader puts the file's name in front."""
+    # All three may quote the file.
+    field, wanted, found = (printable(text) for text in (field, wanted, found))
     return CorruptFileError(f"{field}: wanted {wanted}, found {found}; {advice}")
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Return `text`, cut at `limit` and free of control characters, for a message or a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
 
 
 def header_digest(raw: bytes, mark: int) -> str:
@@ -173,11 +180,6 @@ def _check_printable(value: object, depth: int) -> None:
             _check_printable(item, depth - 1)
             if isinstance(value, dict):
                 _check_printable(value[item], depth - 1)
-
-
-def printable(text: str, limit: int = 120) -> str:
-    """Return `text`, cut at `limit` and free of control characters, for a message or a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:limit])
 
 
 def _metadata(entries: dict[str, Any], *, hashed: bool) -> dict[str, str]:
