@@ -13,7 +13,7 @@ def salience(block: Tensor, diagonal: Tensor) -> Tensor:
 
 
 def select_columns(target: Tensor, salience: Tensor, fewest: int, most: int) -> Tensor:
-    """Return bool [n], True for the salient columns (Algorithm 2, `salient`, lines 2 to 13).
+    """Return 1 for salient columns, else 0, [n] in the dtype of `target` (Algorithm 2, `salient`, lines 2 to 13).
 
     Columns are ordered by their sum of `salience` [rows, n]; of all numbers from `fewest` to `most` the first is taken
     whose one-plane error ||W - (binary(W_sal) ∪ binary(W_uns))||² (Eq. 5) is least, W being `target` [rows, n].
@@ -23,15 +23,15 @@ def select_columns(target: Tensor, salience: Tensor, fewest: int, most: int) -> 
     most = min(most, cols - 1)
     fewest = min(fewest, most)
     order = torch.argsort(salience.sum(0), descending=True, stable=True)
-    magnitude = target.abs().double()
+    leading = target.index_select(1, order[:most]).abs().double()
     # With alpha the mean of n magnitudes, a row's error is Σw² - (Σ|w|)²/n: sums over the first 0, 1, 2 ... columns say
     # all. The running sums are a product with a triangle of ones: torch's cumsum need not repeat itself on a GPU.
     ones = torch.ones(most, most + 1, dtype=torch.float64, device=target.device).triu(1)
-    inside = magnitude[:, order[:most]] @ ones
-    outside = magnitude.sum(1, keepdim=True) - inside
+    inside = leading @ ones
+    outside = target.abs().sum(1, keepdim=True, dtype=torch.float64) - inside
     count = torch.arange(most + 1, dtype=torch.float64, device=target.device)
     gain = (inside**2 / count.clamp(min=1) + outside**2 / (cols - count)).sum(0)
     best = fewest + torch.argmax(gain[fewest:])
     rank = torch.empty_like(order)
     rank[order] = torch.arange(cols, device=order.device)
-    return rank < best
+    return (rank < best).to(target)

@@ -208,19 +208,19 @@ def cholesky_of_inverse(H: Matrix, damp: float) -> Matrix:
 def units(
     W: Matrix, Hc: Matrix, beta: int, fewest: int, most: int, percentile: bool
 ) -> tuple[NDArray[np.float16], float]:
-    """Each row's unit: the least float16 that makes its largest scale, of an unquantized run, at most 255 (ours)."""
+    """Each row's unit: the least float16 that makes its largest scale, of an unquantized run, at most 240 (ours)."""
     plain = BiLLM(Quantizer(), fewest, most, percentile).run(W, Hc, beta)
     margin = plain.margin
     result = np.zeros(len(W), dtype=np.float16)
     for i in range(len(W)):
         largest = max(max(c, s, o + r) for c, s, o, r in plain.alpha[i])
-        unit = np.float16(largest / 255)
-        while float(unit) < np.float32(largest / 255):
+        unit = np.float16(largest / 240)
+        while float(unit) < np.float32(largest / 240):
             unit = np.nextafter(unit, np.float16(np.inf))
         result[i] = unit
         if largest > 0:
             below = np.nextafter(unit, np.float16(0))
-            gaps = [abs(float(near) * 255 / largest - 1) for near in (unit, below)]
+            gaps = [abs(float(near) * 240 / largest - 1) for near in (unit, below)]
             margin = min([margin, *gaps])
     return result, margin
 
