@@ -224,6 +224,10 @@ BROKEN: dict[str, tuple[Callable[[Forge], Any], str]] = {
     "shape turned": (entry(f"{Q}.sign", shape=[8, 12]), r"q_proj.sign: wanted U8 \[12, 8\], found U8 \[8, 12\]"),
     "shape flat": (entry(f"{Q}.sign", shape=[96]), r"q_proj.sign: wanted U8 \[12, 8\], found U8 \[96\]"),
     "shape too large": (entry(f"{Q}.sign", shape=[13, 8]), r"104 bytes \(U8 \[13, 8\]\), found 96 bytes"),
+    "shape too small": (
+        lambda f: f.entries["tokenizer.json"]["shape"].__setitem__(0, 100),
+        r"'tokenizer.json': wanted 100 bytes \(U8 \[100\]\), found \d+ bytes",
+    ),
     "shape huge": (entry(f"{Q}.sign", shape=[2**61, 8]), r"wanted \d+ bytes .*, found 96 bytes"),
     "shape over 64 bits": (entry(f"{Q}.sign", shape=[2**64, 8]), "shape: wanted up to three sizes"),
     "shape zero": (entry(f"{Q}.sign", shape=[0, 8]), "shape: wanted up to three sizes of 1 or more"),

@@ -42,7 +42,7 @@ def test_fractions_are_those_of_the_planes(tmp_path: Path) -> None:
     slow = SlowFile(path)
     with BillmFile.open(path) as file:
         rows = describe(file, layers=True)["linears"]
-    for row in rows[:3]:
+    for row in rows[5:8]:  # down_proj is among them, whose rows end in unused bits
         linear = slow.linear(row["name"])
         width = len(linear.salient)
         others = [j for j in range(linear.cols) if not linear.salient[j // 8] >> j % 8 & 1]

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import gc
 import itertools
 import os
 import runpy
@@ -85,7 +84,6 @@ def test_one_tensor_is_alive_at_a_time(tmp_path: Path) -> None:
     calls: list[str] = []
 
     def make(name: str) -> NDArray[Any]:
-        gc.collect()
         assert not [ref for ref in alive if ref() is not None], f"{calls[-1]} is still held when {name} is asked for"
         array = arrays[name].copy()
         alive.append(weakref.ref(array))
