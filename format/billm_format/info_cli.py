@@ -131,9 +131,18 @@ def _size_rows(payload: dict[str, Any]) -> list[Row]:
 
 
 def _conversion_rows(conversion: dict[str, Any]) -> list[Row]:
-    """Show the record's own fields, whatever they are; the per-Linear list has a table of its own."""
-    shown = {key: value for key, value in conversion.items() if key != "layers"}
-    return [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in shown.items()]
+    """Show the record's own fields, whatever they are, objects field by field; `layers` has a table of its own."""
+    rows: list[Row] = []
+    for key, value in conversion.items():
+        if isinstance(value, dict):
+            rows += [(f"{key}: {inner}", _text(item)) for inner, item in value.items()]
+        elif key != "layers":
+            rows.append((key, _text(value)))
+    return rows
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _linear_row(row: dict[str, Any]) -> Row:
