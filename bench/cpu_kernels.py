@@ -4,8 +4,8 @@
 
 Decoding walks through copies of the weight that together exceed the caches, as the layers of a model do; GB/s counts
 the bytes of the file that are read, against the read bandwidth that the same threads reach on plain memory. Times are
-medians. NumPy multiplies the dequantized float32 weight, also from copies that exceed the caches; its BLAS takes its own
-number of threads from OMP_NUM_THREADS.
+medians. NumPy multiplies the dequantized float32 weight, also from copies that exceed the caches; its BLAS takes its
+own number of threads from OMP_NUM_THREADS.
 """
 
 import argparse
@@ -148,7 +148,8 @@ def print_line(line: dict[str, Any]) -> None:
     """Print one row of the table."""
     print(
         f"{line['name']:25} {line['rows']:>5} x {line['cols']:<5} {line['tokens']:>6} {line['microseconds']:>9.1f} us "
-        f"{line['giga_weights_per_s']:>11.1f} {line['gigabytes_per_s'] or '':>7} {line['times_faster_than_numpy']:>8.1f}x",
+        f"{line['giga_weights_per_s']:>11.1f} {line['gigabytes_per_s'] or '':>7} "
+        f"{line['times_faster_than_numpy']:>8.1f}x",
         flush=True,
     )
 

@@ -1,5 +1,5 @@
-/* Random products, each instruction set against the portable one, bit for bit; every operand ends where an unmapped page
- * begins, and every output starts poisoned. Usage: driver SEED ROUNDS INSTRUCTION_SET...
+/* Random products, each instruction set against the portable one, bit for bit; every operand ends where an unmapped
+ * page begins, and every output starts poisoned. Usage: driver SEED ROUNDS INSTRUCTION_SET...
  * Stands alone, so that it runs under an emulator (NEON), over emulated intrinsics (AVX-512) and with sanitizers. */
 #include "kernels.h"
 
@@ -48,7 +48,8 @@ struct problem {
     struct billm_epilogue epilogue;
 };
 
-static const size_t edges[] = {1, 8, 31, 32, 33, 40, 63, 64, 65, 96, 127, 128, 129, 255, 256, 257, 320, 512, 513, 576, 896, 1055};
+static const size_t edges[] = {1,   8,   31,  32,  33,  40,  63,  64,  65,  96,  127,
+                               128, 129, 255, 256, 257, 320, 512, 513, 576, 896, 1055};
 static const size_t token_counts[] = {1, 1, 1, 2, 3, 4, 5, 8, 9, 33};
 
 static void fill_bytes(struct guarded *block, size_t size, int extreme, uint8_t value) {
@@ -82,8 +83,16 @@ static void make(struct problem *p) {
     fill_floats(&p->memory[BIAS], rows);
     p->memory[OUT] = guarded_alloc(4 * tokens * rows);
     p->memory[EXPECTED] = guarded_alloc(4 * tokens * rows);
-    p->binary = (struct billm_weight){rows, cols, block, blocks, stride, p->memory[SIGN].data, p->memory[SECOND].data,
-                                      p->memory[SALIENT].data, p->memory[SCALES].data, NULL};
+    p->binary = (struct billm_weight){rows,
+                                      cols,
+                                      block,
+                                      blocks,
+                                      stride,
+                                      p->memory[SIGN].data,
+                                      p->memory[SECOND].data,
+                                      p->memory[SALIENT].data,
+                                      p->memory[SCALES].data,
+                                      NULL};
     p->int8 = (struct billm_weight){rows, cols, block, blocks, cols, NULL, NULL, NULL, NULL, p->memory[VALUES].data};
     p->x = (struct billm_tokens){x, p->memory[X_SCALE].data, tokens};
     p->epilogue = (struct billm_epilogue){p->memory[ROW_SCALE].data, 0, below(2) ? p->memory[BIAS].data : NULL};
@@ -104,8 +113,9 @@ static int differs(const char *isa, const char *what, const struct billm_weight 
     const float *out = p->memory[OUT].data, *expected = p->memory[EXPECTED].data;
     for (size_t i = 0; i < p->x.count * w->rows; i++)
         if (!(out[i] == expected[i])) {
-            fprintf(stderr, "%s, %s: rows %zu, cols %zu, block %zu, tokens %zu: out[%zu, %zu] = %.9g, wanted %.9g\n", isa, what,
-                    w->rows, w->cols, w->block, p->x.count, i / w->rows, i % w->rows, (double)out[i], (double)expected[i]);
+            fprintf(stderr, "%s, %s: rows %zu, cols %zu, block %zu, tokens %zu: out[%zu, %zu] = %.9g, wanted %.9g\n",
+                    isa, what, w->rows, w->cols, w->block, p->x.count, i / w->rows, i % w->rows, (double)out[i],
+                    (double)expected[i]);
             return 1;
         }
     return 0;
@@ -124,7 +134,8 @@ static int quantize_differs(const char *isa, const struct problem *p) {
         billm_select(i ? isa : "portable");
         billm_quantize(x.data, scaled ? col_scale.data : NULL, tokens, cols, block, values[i].data, scales[i].data);
     }
-    int bad = memcmp(values[0].data, values[1].data, tokens * cols) || memcmp(scales[0].data, scales[1].data, 4 * tokens * blocks);
+    int bad = memcmp(values[0].data, values[1].data, tokens * cols) ||
+              memcmp(scales[0].data, scales[1].data, 4 * tokens * blocks);
     if (bad)
         fprintf(stderr, "%s, quantize: cols %zu, block %zu, tokens %zu differ\n", isa, cols, block, tokens);
     struct guarded *all[] = {&x, &col_scale, &values[0], &values[1], &scales[0], &scales[1]};

@@ -9,7 +9,8 @@ static void quantize(const float *x, const float *col_scale, size_t cols, size_t
 static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes) {
     const __m256i ones = _mm256_set1_epi8(1), differences = _mm256_set1_epi16(0x01ff); /* bytes -1, 1 */
     const __m256i low_twice = _mm256_set1_epi32(0x01000100), high_twice = _mm256_set1_epi32(0x03020302);
-    const __m256i lanes = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+    const __m256i lanes =
+        _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
     __m256i q = _mm256_xor_si256(second, _mm256_andnot_si256(sign, _mm256_load_si256((const void *)x->not_salient)));
     __m256i sp = _mm256_setzero_si256(), ss = sp, qp = sp, qs = sp;
     for (int k = 0; k < 8; k++) {
@@ -33,8 +34,8 @@ static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm
     return _mm256_sub_epi32(sum, _mm256_madd_epi16(m1m3, _mm256_load_si256((const void *)x->sums)));
 }
 
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row, size_t end,
-                        float *acc) {
+static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
+                        size_t end, float *acc) {
     billm_gemv(w, prepared, x_scale, row, end, acc, unit_sums);
 }
 
@@ -79,7 +80,7 @@ void billm_avx2_int8_gemv(const struct billm_weight *w, const int8_t *x, const f
     }
 }
 
-/* ---- tiles: int16 [cols / 2][16 rows][2], so that a 32-bit lane is a row and madd_epi16 sums a pair of columns ---- */
+/* ---- tiles: int16 [cols / 2][16 rows][2]: a 32-bit lane is a row, madd_epi16 sums a pair of columns ---- */
 
 enum { TILE_ROWS = 16 };
 
@@ -98,7 +99,8 @@ struct levels {
 };
 
 static void pair_levels(__m256i magnitudes, struct levels *out) {
-    const __m256i lanes = _mm256_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c, 0, 0x00040004, 0x00080008, 0x000c000c);
+    const __m256i lanes =
+        _mm256_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c, 0, 0x00040004, 0x00080008, 0x000c000c);
     for (int class = 0; class < 4; class++) {
         int pick = (int)0x80008000u | (class & 1) << 1 | (class & 2) << 16;
         __m256i control = _mm256_or_si256(_mm256_set1_epi32(pick), lanes);
@@ -118,7 +120,8 @@ static inline __m256i second_half(__m256i word) {
 }
 
 /* Sixteen columns of eight rows; `chosen` picks the magnitude, `negative` the sign. */
-static inline void decode16(__m256i chosen, __m256i negative, uint32_t salient, const struct levels *levels, __m256i *out) {
+static inline void decode16(__m256i chosen, __m256i negative, uint32_t salient, const struct levels *levels,
+                            __m256i *out) {
     const __m256i one = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
     for (int p = 0; p < 8; p++) {
@@ -130,7 +133,8 @@ static inline void decode16(__m256i chosen, __m256i negative, uint32_t salient, 
     }
 }
 
-void billm_avx2_binary_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+void billm_avx2_binary_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols,
+                            void *tile) {
     for (size_t half = 0; half < 2; half++) {
         size_t first = row + billm_min(8 * half, rows - 1), count = rows > 8 * half ? billm_min(8, rows - 8 * half) : 1;
         const __m256i plane_rows = row_offsets(count, w->stride), scale_rows = row_offsets(count, 4 * w->blocks);
@@ -140,7 +144,9 @@ void billm_avx2_binary_tile(const struct billm_weight *w, size_t row, size_t row
         struct levels levels;
         for (size_t j = col; j < col + cols; j += BILLM_UNIT, out += 32) {
             if (j % w->block == 0)
-                pair_levels(billm_magnitudes(_mm256_i32gather_epi32((const int *)(const void *)(scales + 4 * (j / w->block)), scale_rows, 1)), &levels);
+                pair_levels(billm_magnitudes(_mm256_i32gather_epi32(
+                                (const int *)(const void *)(scales + 4 * (j / w->block)), scale_rows, 1)),
+                            &levels);
             uint32_t salient = billm_load32(w->salient + j / 8);
             __m256i s = _mm256_i32gather_epi32((const int *)(const void *)(sign + j / 8), plane_rows, 1);
             __m256i t = _mm256_i32gather_epi32((const int *)(const void *)(second + j / 8), plane_rows, 1);

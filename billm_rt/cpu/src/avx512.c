@@ -32,8 +32,8 @@ static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm
     return _mm256_sub_epi32(sum, _mm256_madd_epi16(m1m3, _mm256_load_si256((const void *)x->sums)));
 }
 
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row, size_t end,
-                        float *acc) {
+static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
+                        size_t end, float *acc) {
     billm_gemv(w, prepared, x_scale, row, end, acc, unit_sums);
 }
 

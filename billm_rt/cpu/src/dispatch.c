@@ -12,9 +12,9 @@
 #endif
 
 enum {
-    PANEL_TOKENS = 256,           /* most tokens packed at a time: bounds the scratch of long prompts */
-    PANEL_BYTES = 4 << 20,        /* and the same in bytes, where columns are many */
-    WEIGHTS_PER_TASK = 1 << 15    /* about a microsecond of work: handing out less costs more than it gains */
+    PANEL_TOKENS = 256,        /* most tokens packed at a time: bounds the scratch of long prompts */
+    PANEL_BYTES = 4 << 20,     /* and the same in bytes, where columns are many */
+    WEIGHTS_PER_TASK = 1 << 15 /* about a microsecond of work: handing out less costs more than it gains */
 };
 
 /* ---- selection ---- */
@@ -283,7 +283,8 @@ static void quantize_task(void *context, size_t index) {
 
 int billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int8_t *values,
                    float *scales) {
-    struct quantize_job job = {NULL, x, col_scale, tokens, 1 + (WEIGHTS_PER_TASK - 1) / cols, cols, block, 0, values, scales};
+    struct quantize_job job = {NULL, x,     col_scale, tokens, 1 + (WEIGHTS_PER_TASK - 1) / cols,
+                               cols, block, 0,         values, scales};
     job.blocks = (cols + block - 1) / block;
     billm_pool_lock();
     job.isa = current();

@@ -18,11 +18,11 @@
 #include <string.h>
 
 enum {
-    BILLM_UNIT = 32,        /* every block is a whole number of units of 32 columns (4 bytes of a bit plane) */
+    BILLM_UNIT = 32, /* every block is a whole number of units of 32 columns (4 bytes of a bit plane) */
     BILLM_MAX_BLOCK = 256,
-    BILLM_TILE_ROWS = 16,   /* most rows of a decoded tile */
-    BILLM_TILE_COLS = 512,  /* most columns of one: a whole number of blocks, and 16 KiB of int16 stay in the L1 cache */
-    BILLM_TOKEN_STEP = 4    /* the product of a tile takes tokens by fours */
+    BILLM_TILE_ROWS = 16,  /* most rows of a decoded tile */
+    BILLM_TILE_COLS = 512, /* most columns of one: a whole number of blocks, and 16 KiB of int16 stay in the L1 cache */
+    BILLM_TOKEN_STEP = 4   /* the product of a tile takes tokens by fours */
 };
 
 /* A weight [rows, cols] in the file's layout: either the planes and scales, or `values`, is set. */
@@ -47,7 +47,7 @@ struct billm_tokens {
 struct billm_epilogue {
     const uint8_t *scale; /* [rows], float16 or float32, any alignment */
     int scale_is_half;
-    const uint8_t *bias;  /* [rows] float32, any alignment, or NULL */
+    const uint8_t *bias; /* [rows] float32, any alignment, or NULL */
 };
 
 /* One instruction set. Pointers without a stated alignment have none. */
@@ -67,10 +67,11 @@ struct billm_isa {
     void (*int8_gemv)(const struct billm_weight *weight, const int8_t *x, const float *x_scale, size_t row, size_t end,
                       float *acc);
 
-    /* Prompts: `rows` (1..tile_rows) rows of `cols` (1..BILLM_TILE_COLS) columns from `col` (a multiple of 512) become a
-     * tile (64-byte aligned, BILLM_TILE_ROWS * BILLM_TILE_COLS * 2 bytes), padded with zeros to a whole unit; what a
-     * tile and a packed token look like inside is the instruction set's own affair. */
-    void (*binary_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols, void *tile);
+    /* Prompts: `rows` (1..tile_rows) rows of `cols` (1..BILLM_TILE_COLS) columns from `col` (a multiple of 512) become
+     * a tile (64-byte aligned, BILLM_TILE_ROWS * BILLM_TILE_COLS * 2 bytes), padded to a whole unit; what a tile and a
+     * packed token look like inside is the instruction set's own affair. */
+    void (*binary_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
+                        void *tile);
     void (*int8_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols, void *tile);
     void (*pack)(const int8_t *x, size_t cols, void *packed); /* one token, padded with zeros to a whole unit */
 
@@ -127,34 +128,43 @@ static inline uint32_t billm_load32(const void *address) {
     return value;
 }
 
-/* Quantize one token; every instruction set compiles its own copy. Work on the bits keeps NaN and infinity visible:
- * a block that holds one gets the scale NaN, which every product with it inherits. */
+/* Quantize one token; every instruction set compiles its own copy. A union views a float's bits; loops are plain enough
+ * for compilers to vectorize. A block that holds a NaN or an infinity gets the scale NaN, which products inherit. */
 static inline void billm_quantize_token(const float *restrict x, const float *restrict col_scale, size_t cols,
                                         size_t block, int8_t *restrict values, float *restrict scales) {
     const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, halves to even */
-    float scaled[BILLM_MAX_BLOCK];
+    union {
+        float number[BILLM_MAX_BLOCK];
+        uint32_t bits[BILLM_MAX_BLOCK];
+    } scaled;
+    union {
+        uint32_t bits;
+        float number;
+    } absmax;
     for (size_t start = 0; start < cols; start += block) {
         size_t n = billm_min(block, cols - start);
-        uint32_t largest = 0;
+        if (col_scale)
+            for (size_t j = 0; j < n; j++)
+                scaled.number[j] = x[start + j] * col_scale[start + j];
+        else
+            memcpy(scaled.number, x + start, n * sizeof *x);
+        absmax.bits = 0;
         for (size_t j = 0; j < n; j++) {
-            scaled[j] = col_scale ? x[start + j] * col_scale[start + j] : x[start + j];
-            uint32_t bits = billm_load32(&scaled[j]) & 0x7fffffffu;
-            largest = bits > largest ? bits : largest;
+            uint32_t bits = scaled.bits[j] & 0x7fffffffu;
+            absmax.bits = bits > absmax.bits ? bits : absmax.bits;
         }
-        float absmax;
-        memcpy(&absmax, &largest, sizeof absmax);
-        int finite = largest < 0x7f800000u;
-        float scale = absmax / 127.0f;
-        *scales++ = finite ? scale : NAN;
-        if (!finite || scale == 0.0f) {
+        float scale = absmax.bits < 0x7f800000u ? absmax.number / 127.0f : NAN;
+        *scales++ = scale;
+        if (!(scale > 0.0f)) {
             memset(values + start, 0, n);
             continue;
         }
+        for (size_t j = 0; j < n; j++)
+            scaled.number[j] = scaled.number[j] / scale + to_integer;
         for (size_t j = 0; j < n; j++) {
-            float y = scaled[j] / scale;
-            y = y > 127.0f ? 127.0f : y; /* a subnormal scale is coarse */
-            y = (y < -127.0f ? -127.0f : y) + to_integer;
-            values[start + j] = (int8_t)(uint8_t)(billm_load32(&y) & 0xffu);
+            int32_t value = (int32_t)scaled.bits[j] - 0x4b400000; /* the bits of to_integer */
+            value = value > 127 ? 127 : value;                    /* a subnormal scale is too coarse for 127 steps */
+            values[start + j] = (int8_t)(value < -127 ? -127 : value);
         }
     }
 }

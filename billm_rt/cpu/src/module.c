@@ -9,9 +9,9 @@ enum { MAX_SIZE = 1 << 24 };
 /* ---- checks ---- */
 
 static const char *format_name(const char *format) {
-    static const char *const names[][2] = {{"B", "uint8"},   {"b", "int8"},  {"e", "float16"}, {"f", "float32"},
-                                           {"d", "float64"}, {"h", "int16"}, {"i", "int32"},   {"l", "int64"},
-                                           {"?", "bool"}};
+    static const char *const names[][2] = {{"B", "uint8"},   {"b", "int8"},    {"e", "float16"},
+                                           {"f", "float32"}, {"d", "float64"}, {"h", "int16"},
+                                           {"i", "int32"},   {"l", "int64"},   {"?", "bool"}};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!strcmp(format, names[i][0]))
             return names[i][1];
@@ -104,11 +104,8 @@ static PyObject *product(const struct billm_weight *weight, struct billm_epilogu
     }
     struct billm_tokens tokens = {views[X].buf, views[X_SCALE].buf, (size_t)x_shape[0]};
     int failed;
-    Py_BEGIN_ALLOW_THREADS
-    failed = billm_linear(weight, &tokens, epilogue, views[OUT].buf);
-    Py_END_ALLOW_THREADS
-    if (failed)
-        return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS failed = billm_linear(weight, &tokens, epilogue, views[OUT].buf);
+    Py_END_ALLOW_THREADS if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
@@ -117,8 +114,7 @@ static PyObject *product(const struct billm_weight *weight, struct billm_epilogu
 enum { SIGN, SECOND, SALIENT, SCALES, SCALE, BIAS, TENSORS };
 
 struct binary_linear {
-    PyObject_HEAD
-    struct billm_weight weight;
+    PyObject_HEAD struct billm_weight weight;
     struct billm_epilogue epilogue;
     Py_buffer views[TENSORS];
 };
@@ -221,13 +217,15 @@ static PyObject *int8_linear(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *weight, *scale, *x, *x_scale, *out;
     Py_ssize_t block;
-    if (!PyArg_ParseTuple(args, "OOOOnO:int8_linear", &weight, &scale, &x, &x_scale, &block, &out) || check_block(block))
+    if (!PyArg_ParseTuple(args, "OOOOnO:int8_linear", &weight, &scale, &x, &x_scale, &block, &out) ||
+        check_block(block))
         return NULL;
     Py_buffer tensors[2] = {0}, views[OPERANDS] = {0};
     Py_ssize_t shape[2] = {-1, -1};
     PyObject *result = NULL;
-    if (!take(weight, "weight", "b", 2, shape, 0, &tensors[0]) && !take(scale, "scale", "ef", 1, shape, 0, &tensors[1]) &&
-        !check_size("rows", shape[0]) && !check_size("cols", shape[1])) {
+    if (!take(weight, "weight", "b", 2, shape, 0, &tensors[0]) &&
+        !take(scale, "scale", "ef", 1, shape, 0, &tensors[1]) && !check_size("rows", shape[0]) &&
+        !check_size("cols", shape[1])) {
         struct billm_weight w = {.rows = (size_t)shape[0], .cols = (size_t)shape[1], .block = (size_t)block};
         w.stride = w.cols;
         w.blocks = blocks_of(w.cols, w.block);
@@ -247,17 +245,17 @@ static PyObject *quantize_checked(PyObject *const objects[4], Py_ssize_t block, 
     size_t cols = (size_t)shape[1];
     Py_ssize_t scales_shape[2] = {shape[0], (Py_ssize_t)blocks_of(cols, (size_t)block)};
     if ((objects[1] != Py_None && take(objects[1], "col_scale", "f", 1, &shape[1], 0, &views[1])) ||
-        take(objects[2], "values", "b", 2, shape, 1, &views[2]) || take(objects[3], "scales", "f", 2, scales_shape, 1, &views[3]))
+        take(objects[2], "values", "b", 2, shape, 1, &views[2]) ||
+        take(objects[3], "scales", "f", 2, scales_shape, 1, &views[3]))
         return NULL;
     for (int i = 0; i < 4; i++)
         if (i != 2 && (uintptr_t)views[i].buf % sizeof(float)) {
             PyErr_SetString(PyExc_ValueError, "x, col_scale, scales: wanted memory aligned to 4 bytes");
             return NULL;
         }
-    Py_BEGIN_ALLOW_THREADS
-    billm_quantize(views[0].buf, views[1].buf, (size_t)shape[0], cols, (size_t)block, views[2].buf, views[3].buf);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    Py_BEGIN_ALLOW_THREADS billm_quantize(views[0].buf, views[1].buf, (size_t)shape[0], cols, (size_t)block,
+                                          views[2].buf, views[3].buf);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
 
 static PyObject *quantize(PyObject *module, PyObject *args) {
@@ -309,10 +307,8 @@ static PyObject *set_threads(PyObject *module, PyObject *args) {
     int count;
     if (!PyArg_ParseTuple(args, "i:set_threads", &count))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    billm_pool_set_threads(count);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    Py_BEGIN_ALLOW_THREADS billm_pool_set_threads(count);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
 
 static PyObject *threads(PyObject *module, PyObject *unused) {
@@ -341,7 +337,10 @@ static int execute(PyObject *module) {
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)execute}, {0, NULL}};
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "_native", .m_methods = methods, .m_slots = slots,
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_native",
+    .m_methods = methods,
+    .m_slots = slots,
 };
 
 PyMODINIT_FUNC PyInit__native(void) {

@@ -20,7 +20,8 @@ static inline float32x4_t step(float32x4_t acc, float scale, int32x4_t sum) {
 static inline uint8x16_t magnitudes_of(uint32x4_t scales) {
     static const uint8_t repeat_o[16] = {0, 1, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 12, 13, 14, 14};
     uint32x4_t residual = vandq_u32(scales, vdupq_n_u32(0xff000000u));
-    uint8x16_t sum = vqaddq_u8(vqtbl1q_u8(vreinterpretq_u8_u32(scales), vld1q_u8(repeat_o)), vreinterpretq_u8_u32(residual));
+    uint8x16_t sum =
+        vqaddq_u8(vqtbl1q_u8(vreinterpretq_u8_u32(scales), vld1q_u8(repeat_o)), vreinterpretq_u8_u32(residual));
     return vqsubq_u8(sum, vreinterpretq_u8_u32(vshrq_n_u32(residual, 8)));
 }
 
@@ -126,8 +127,8 @@ static inline int32x4_t row_sums(const struct billm_weight *w, size_t row, size_
 }
 
 /* Four rows at a time, so that a lane of the running sums is a row. */
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row, size_t end,
-                        float *acc) {
+static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
+                        size_t end, float *acc) {
     const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4;
     for (; row < end; row += 4) {
         size_t rows = billm_min(4, end - row), unit = 0, block = 0;
@@ -203,7 +204,8 @@ static inline int8x16_t negate_where(uint8x16_t mask, uint8x16_t value) {
 }
 
 /* 32 columns of four rows. */
-static inline void decode_unit(uint32x4_t sign, uint32x4_t second, uint32_t salient, const uint8x16_t m[4], int8_t *out) {
+static inline void decode_unit(uint32x4_t sign, uint32x4_t second, uint32_t salient, const uint8x16_t m[4],
+                               int8_t *out) {
     static const uint8_t first_byte[16] = {0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
     uint32x4_t minus = vmvnq_u32(sign), salient4 = vdupq_n_u32(salient);
     uint8x16_t negative = vreinterpretq_u8_u32(minus), classes = vreinterpretq_u8_u32(salient4);
@@ -214,7 +216,8 @@ static inline void decode_unit(uint32x4_t sign, uint32x4_t second, uint32_t sali
         for (unsigned nibble = 0; nibble < 2; nibble++, out += QUAD_BYTES) {
             uint8x16_t bits = vreinterpretq_u8_u32(vdupq_n_u32(nibble ? 0x80402010u : 0x08040201u));
             uint8x16_t is_salient = vtstq_u8(s, bits), minus_mask = vtstq_u8(n, bits);
-            uint8x16_t level = vbslq_u8(vtstq_u8(c, bits), vbslq_u8(is_salient, m[3], m[1]), vbslq_u8(is_salient, m[2], m[0]));
+            uint8x16_t level =
+                vbslq_u8(vtstq_u8(c, bits), vbslq_u8(is_salient, m[3], m[1]), vbslq_u8(is_salient, m[2], m[0]));
             vst1q_s8(out, negate_where(minus_mask, vshrq_n_u8(level, 1)));
             vst1q_s8(out + TILE_ROWS * 4, negate_where(minus_mask, vandq_u8(level, vdupq_n_u8(1))));
         }

@@ -15,7 +15,7 @@
 enum { MAX_THREADS = 256, SPIN_NANOSECONDS = 100000 };
 #define NO_TASK 0xffffffffu
 
-static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;  /* who may run tasks and change the workers */
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* who may run tasks and change the workers */
 static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t work_came = PTHREAD_COND_INITIALIZER, work_done = PTHREAD_COND_INITIALIZER;
 

@@ -29,8 +29,8 @@ static void prepare(const struct billm_weight *w, const int8_t *x, void *prepare
     memcpy(prepared, x, w->cols);
 }
 
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row, size_t end,
-                        float *acc) {
+static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
+                        size_t end, float *acc) {
     const int8_t *x = prepared;
     for (; row < end; row++) {
         float total = 0.0f;

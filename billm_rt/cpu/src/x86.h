@@ -67,7 +67,8 @@ static inline __m256i billm_sum8(const __m256i r[8]) {
 
 /* The four magnitudes (bytes of each 32-bit lane) from alpha_c, alpha_s, alpha_o, alpha_r. */
 static inline __m256i billm_magnitudes(__m256i scales) {
-    const __m256i repeat_o = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 12, 13, 14, 14));
+    const __m256i repeat_o =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 12, 13, 14, 14));
     __m256i residual = _mm256_and_si256(scales, _mm256_set1_epi32((int)0xff000000u));
     __m256i sum = _mm256_adds_epu8(_mm256_shuffle_epi8(scales, repeat_o), residual);
     return _mm256_subs_epu8(sum, _mm256_srli_epi32(residual, 8));
@@ -144,6 +145,10 @@ static inline void billm_prepare(const struct billm_weight *w, const int8_t *x, 
             memset(salient, 0, sizeof salient);
             memcpy(values, from, w->cols - col);
             memcpy(salient, plane, w->stride - col / 8);
+            if (w->stride - col / 8 <= 16) { /* a short slab lies there twice, so that it serves two rows at once */
+                memcpy(values + 128, values, 128);
+                memcpy(salient + 16, salient, 16);
+            }
             from = values;
             plane = salient;
         }
@@ -154,42 +159,87 @@ static inline void billm_prepare(const struct billm_weight *w, const int8_t *x, 
 /* sum(level * x) of each unit of a slab, from 32 bytes of both planes and the magnitudes of each unit's block. */
 typedef __m256i billm_unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes);
 
-/* The sums of one row over a slab that starts at `unit`, in block `block`. */
-__attribute__((always_inline)) static inline __m256i billm_row_sums(const struct billm_weight *w, size_t row, size_t unit,
-                                                                   size_t block, __m256i spread,
-                                                                   const struct billm_slab *slab,
-                                                                   billm_unit_sums *unit_sums) {
-    size_t units = w->stride / 4 - unit;
-    const uint8_t *sign = w->sign + row * w->stride + 4 * unit, *second = w->second + row * w->stride + 4 * unit;
-    const void *scales = w->scales + 4 * (row * w->blocks + block);
-    __m256i packed = _mm256_maskload_epi32(scales, billm_word_mask(billm_min(256 / w->block, w->blocks - block)));
-    __m256i magnitudes = billm_magnitudes(_mm256_permutevar8x32_epi32(packed, spread));
-    if (units >= 8)
-        return unit_sums(_mm256_loadu_si256((const void *)sign), _mm256_loadu_si256((const void *)second), slab,
-                         magnitudes);
-    __m256i words = billm_word_mask(units);
-    return unit_sums(_mm256_maskload_epi32((const void *)sign, words), _mm256_maskload_epi32((const void *)second, words),
-                     slab, magnitudes);
+#define BILLM_INLINE __attribute__((always_inline)) static inline
+
+/* Where the columns of a slab begin, and the block (from that of the slab's first unit on) of each 32-bit lane. */
+struct billm_place {
+    size_t unit, units, block, blocks;
+    __m256i spread;
+};
+
+/* The sums of one row over a slab. */
+BILLM_INLINE __m256i billm_row_sums(const struct billm_weight *w, size_t row, struct billm_place at,
+                                    const struct billm_slab *slab, billm_unit_sums *unit_sums) {
+    const uint8_t *sign = w->sign + row * w->stride + 4 * at.unit, *second = w->second + row * w->stride + 4 * at.unit;
+    const void *scales = w->scales + 4 * (row * w->blocks + at.block);
+    __m256i packed = _mm256_maskload_epi32(scales, billm_word_mask(at.blocks));
+    __m256i magnitudes = billm_magnitudes(_mm256_permutevar8x32_epi32(packed, at.spread));
+    __m256i words = billm_word_mask(at.units), s, t;
+    if (at.units >= 8) {
+        s = _mm256_loadu_si256((const void *)sign);
+        t = _mm256_loadu_si256((const void *)second);
+    } else {
+        s = _mm256_maskload_epi32((const void *)sign, words);
+        t = _mm256_maskload_epi32((const void *)second, words);
+    }
+    return unit_sums(s, t, slab, magnitudes);
+}
+
+/* `words` (at most 4) 32-bit words of two rows, side by side. */
+BILLM_INLINE __m256i billm_load_pair(const uint8_t *first, const uint8_t *second, size_t words) {
+    __m128i mask = _mm256_castsi256_si128(billm_word_mask(words));
+    __m128i low = _mm_maskload_epi32((const void *)first, mask), high = _mm_maskload_epi32((const void *)second, mask);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+/* The sums of two rows over a slab of at most four units: in the lower and in the upper half. */
+BILLM_INLINE __m256i billm_pair_sums(const struct billm_weight *w, size_t row0, size_t row1, struct billm_place at,
+                                     const struct billm_slab *slab, billm_unit_sums *unit_sums) {
+    const size_t plane0 = row0 * w->stride + 4 * at.unit, plane1 = row1 * w->stride + 4 * at.unit;
+    const uint8_t *scales = w->scales + 4 * at.block;
+    __m256i packed = billm_load_pair(scales + 4 * row0 * w->blocks, scales + 4 * row1 * w->blocks, at.blocks);
+    __m256i pair_spread = _mm256_add_epi32(_mm256_permute2x128_si256(at.spread, at.spread, 0x00),
+                                           _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+    return unit_sums(billm_load_pair(w->sign + plane0, w->sign + plane1, at.units),
+                     billm_load_pair(w->second + plane0, w->second + plane1, at.units), slab,
+                     billm_magnitudes(_mm256_permutevar8x32_epi32(packed, pair_spread)));
+}
+
+/* The sums of `rows` rows (a short group repeats its last one) over a slab: lane i of sums[j] is row i, unit j. */
+BILLM_INLINE void billm_group_sums(const struct billm_weight *w, size_t row, size_t rows, struct billm_place at,
+                                   const struct billm_slab *slab, billm_unit_sums *unit_sums, __m256i sums[8]) {
+    if (at.units > 4)
+        for (size_t r = 0; r < 8; r++)
+            sums[r] = billm_row_sums(w, row + billm_min(r, rows - 1), at, slab, unit_sums);
+    else
+        for (size_t r = 0; r < 8; r += 2) {
+            size_t row0 = row + billm_min(r, rows - 1), row1 = row + billm_min(r + 1, rows - 1);
+            sums[r] = billm_pair_sums(w, row0, row1, at, slab, unit_sums);
+            sums[r + 1] = _mm256_permute2x128_si256(sums[r], sums[r], 0x11);
+        }
+    billm_transpose8(sums);
 }
 
 /* acc[0 .. end - row) from the prepared token; eight rows at a time, so that a lane of the running sums is a row. */
-__attribute__((always_inline)) static inline void billm_gemv(const struct billm_weight *w, const void *prepared,
-                                                            const float *x_scale, size_t row, size_t end, float *acc,
-                                                            billm_unit_sums *unit_sums) {
+BILLM_INLINE void billm_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
+                             size_t end, float *acc, billm_unit_sums *unit_sums) {
     const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4;
     int32_t block_of_unit[8];
     for (size_t i = 0; i < 8; i++)
         block_of_unit[i] = (int32_t)(i / units_per_block);
-    const __m256i spread = _mm256_loadu_si256((const __m256i *)block_of_unit);
+    struct billm_place at = {.spread = _mm256_loadu_si256((const __m256i *)block_of_unit)};
     for (; row < end; row += 8) {
-        size_t rows = billm_min(8, end - row), unit = 0, block = 0;
+        size_t rows = billm_min(8, end - row), block = 0;
         __m256 total = _mm256_setzero_ps();
-        for (const struct billm_slab *slab = prepared; unit < units; slab++) {
+        const struct billm_slab *slab = prepared;
+        for (size_t unit = 0; unit < units; slab++) {
+            at.unit = unit;
+            at.units = billm_min(8, units - unit);
+            at.block = block;
+            at.blocks = billm_min(256 / w->block, w->blocks - block);
             __m256i sums[8], sum = _mm256_setzero_si256();
-            for (size_t r = 0; r < 8; r++) /* a short group repeats its last row */
-                sums[r] = billm_row_sums(w, row + billm_min(r, rows - 1), unit, block, spread, slab, unit_sums);
-            billm_transpose8(sums);
-            for (size_t i = 0, left = units - unit; i < billm_min(8, left); i++) {
+            billm_group_sums(w, row, rows, at, slab, unit_sums, sums);
+            for (size_t i = 0; i < at.units; i++) {
                 sum = _mm256_add_epi32(sum, sums[i]);
                 if (++unit % units_per_block == 0 || unit == units) {
                     total = billm_step(total, x_scale[block++], sum);
