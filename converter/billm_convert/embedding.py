@@ -1,6 +1,7 @@
 """Tables that are not binarized, as the file stores them: 8-bit rows with a scale each, or float16."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,9 +50,9 @@ class EmbeddingTable:
         self._bits = bits
         self._rows, self._cols = source.shape(self._name)
 
-    def weight(self) -> NDArray[np.int8] | NDArray[np.float16]:
+    def weight(self) -> NDArray[Any]:
         """Return the table as stored: int8 or float16 [rows, cols]."""
-        out = np.empty((self._rows, self._cols), np.int8 if self._bits == 8 else np.float16)
+        out: NDArray[Any] = np.empty((self._rows, self._cols), np.int8 if self._bits == 8 else np.float16)
         for start, chunk in self._chunks():
             stop = start + chunk.shape[0]
             out[start:stop] = quantize_rows(chunk)[0] if self._bits == 8 else to_float16(self._name, chunk)

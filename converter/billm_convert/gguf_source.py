@@ -140,7 +140,8 @@ class GgufSource(ModelSource):
 
     def tokenizer(self) -> TokenizerFiles:
         """Return the tokenizer as the file will hold it."""
-        return tokenizer_from_gguf(self.path, self.config, self._optional("tokenizer.ggml.add_bos_token", None))
+        add_bos = self._optional("tokenizer.ggml.add_bos_token", None)
+        return tokenizer_from_gguf(self.path, self.config, add_bos, self._optional("tokenizer.ggml.pre", None))
 
     def files(self) -> list[Path]:
         """Return the one file."""

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.normalizers import Prepend, Replace, Sequence
 from tokenizers.processors import TemplateProcessing
 
 from billm_format.config import ModelConfig, TokenizerInfo
 from billm_format.errors import UsageError
 from billm_rt.tokenizer import Tokenizer as RuntimeTokenizer
+
+# GGUF's names of splittings in which every digit stands alone, which transformers leaves out (as of 5.23): white space
+# before a number would be cut differently ("\n\n1." starts every numbered list).
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact")
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -45,8 +49,11 @@ def tokenizer_from_hf(path: Path, config: ModelConfig) -> TokenizerFiles:
     return _finish(path, data, settings, _special_tokens(path, settings), _chat_template(path, settings), config)
 
 
-def tokenizer_from_gguf(path: Path, config: ModelConfig, add_bos: bool | None) -> TokenizerFiles:
-    """Build the tokenizer from a GGUF file's metadata, by transformers; `add_bos` is what the metadata say."""
+def tokenizer_from_gguf(path: Path, config: ModelConfig, add_bos: bool | None, splitting: str | None) -> TokenizerFiles:
+    """Build the tokenizer from a GGUF file's metadata, by transformers; `add_bos` is what the metadata say.
+
+    `splitting` is GGUF's name for how text is cut before merging ("llama-bpe", "smollm"); transformers knows most.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -55,9 +62,14 @@ def tokenizer_from_gguf(path: Path, config: ModelConfig, add_bos: bool | None) -
         raise UsageError(
             f"{path}: transformers cannot build its tokenizer ({' '.join(str(error).split())[:300]})"
         ) from error
+    backend = loaded.backend_tokenizer
+    if splitting in _SINGLE_DIGITS:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        )
     special = {name: getattr(loaded, name) for name in _SPECIAL}
     settings = {} if add_bos is None else {"add_bos_token": bool(add_bos)}
-    data = loaded.backend_tokenizer.to_str().encode()
+    data = backend.to_str().encode()
     return _finish(path, data, settings, special, loaded.chat_template, config)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from convert.hf_models import save_model, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from billm_convert.families import canonical_tensors, gguf_name
 from billm_convert.gguf_source import unpermute
@@ -67,7 +68,6 @@ def add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     tokens = sorted(vocab, key=vocab.get)
     tokens += [f"<pad{i}>" for i in range(vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token.startswith("<") else 1 for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
@@ -113,6 +113,18 @@ def test_gguf_tokenizer_and_template(tmp_path: Path, seed: int) -> None:
     assert (files.info.bos_token, files.info.eos_token, files.info.add_bos) == ("<s>", "</s>", True)
     text = "the cat sat on the mat, Zürich 42"
     assert files.load(source.config).encode(text) == [1, *tiny_tokenizer().encode(text).ids]
+
+
+@pytest.mark.parametrize(
+    ("splitting", "wanted"), [("smollm", ["x", "ĊĊ", "4", "2"]), ("default", ["x", "Ċ", "Ċ", "42"])]
+)
+def test_gguf_splits_digits_as_the_model_was_trained(
+    splitting: str, wanted: list[str], tmp_path: Path, seed: int
+) -> None:
+    save_model(tmp_path / "hf", "llama", seed)
+    write_gguf(tmp_path / "model.gguf", tmp_path / "hf", "llama", add_tokenizer_pre=splitting)
+    tokenizer = Tokenizer.from_str(open_model(tmp_path / "model.gguf").tokenizer().tokenizer_json.decode())
+    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("x\n\n42")] == wanted
 
 
 def test_gguf_rope_scaling(tmp_path: Path, seed: int) -> None:
