@@ -32,7 +32,7 @@ class CalibrationText:
     @property
     def name(self) -> str:
         """What the conversion record says."""
-        return "sampled from the full-precision model" if self.text is None else self.text.name
+        return "text sampled from the full-precision model" if self.text is None else self.text.name
 
     @property
     def sha256(self) -> str | None:

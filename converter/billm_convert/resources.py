@@ -36,7 +36,8 @@ def describe_device(device: torch.device) -> str:
     """Return what the device is called."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int) -> dict[str, int]:
