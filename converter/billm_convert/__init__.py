@@ -3,6 +3,7 @@
 from os import PathLike
 
 from billm_convert.settings import ConvertReport, ConvertSettings, Event, LinearReport, Progress
+from billm_format.errors import UsageError
 
 __all__ = ["ConvertReport", "ConvertSettings", "Event", "LinearReport", "Progress", "convert"]
 
@@ -16,6 +17,12 @@ def convert(
     """Convert MODEL, a Hugging Face folder or a `.gguf` file, to the `.billm` file `out`; see `pipeline.convert`."""
     from pathlib import Path
 
-    from billm_convert import pipeline
-
+    try:
+        from billm_convert import pipeline
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("billm"):
+            raise
+        raise UsageError(
+            f"{error.name} is not installed: billm-convert needs more than the runtime; run pip install 'billm-rt[convert]'"
+        ) from error
     return pipeline.convert(Path(model), Path(out), settings, progress)
