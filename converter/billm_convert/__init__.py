@@ -23,6 +23,6 @@ def convert(
         if (error.name or "").startswith("billm"):
             raise
         raise UsageError(
-            f"{error.name} is not installed: billm-convert needs more than the runtime; run pip install 'billm-rt[convert]'"
+            f"{error.name} is not installed, which billm-convert needs: run pip install 'billm-rt[convert]'"
         ) from error
     return pipeline.convert(Path(model), Path(out), settings, progress)
