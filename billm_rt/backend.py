@@ -25,6 +25,9 @@ class Backend(Protocol):
     isa: str  # the instruction set or path in use: "avx2", "numpy", "exact"
     reason: str  # why this back end was chosen, for people
     kv_dtype: DTypeLike  # of the KV cache: float32 or int16
+    chunk: (
+        int  # tokens that pass through the decoder together: many share the unpacking of the weights, few take memory
+    )
 
     def load_tensor(self, array: NDArray[Any]) -> Array:
         """Return a small tensor (a norm's weight, a bias) as float32."""
@@ -83,11 +86,14 @@ class Backend(Protocol):
         ...
 
 
-def choose(device: str, *, exact: bool = False, threads: int | None = None) -> Backend:
+def choose(device: str, *, exact: bool = False, threads: int | None = None, activation_bits: int = 8) -> Backend:
     """Return the back end for `device` ("auto" or "cpu"); UsageError names what is not there.
 
-    `exact` takes the float32 NumPy path; else int8 activations, by the native kernels where they can be loaded.
+    `exact` takes the float32 NumPy path; else integer activations of `activation_bits` (8 or 16), by the
+    native kernels where they can be loaded.
     """
+    if activation_bits not in (8, 16):
+        raise UsageError(f"activation bits {activation_bits}: wanted 8 or 16")
     if threads is not None and not 1 <= threads <= 256:
         raise UsageError(f"--threads {threads}: wanted 1 to 256")
     if device.split(":")[0] == "cuda":
@@ -102,4 +108,4 @@ def choose(device: str, *, exact: bool = False, threads: int | None = None) -> B
         return ReferenceBackend("exact", "float32 NumPy, slow: the exact path was asked for")
     if threads is not None:
         cpu.set_threads(threads)
-    return CpuBackend()
+    return CpuBackend(activation_bits)

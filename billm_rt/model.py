@@ -23,10 +23,6 @@ from billm_rt.tokenizer import Tokenizer
 
 _DEFAULT_CTX = 4096
 
-# Tokens that pass through the decoder together: enough to share the unpacking of the weights, few enough that the
-# widest activation, [tokens, intermediate_size], stays small.
-_CHUNK = 256
-
 
 @dataclass(frozen=True, eq=False)
 class _Norm:
@@ -103,11 +99,12 @@ class Model:
         ids = self._checked(token_ids)
         cache.require(ids.size)
         out: list[Array] = []
-        for start in range(0, ids.size, _CHUNK):
-            hidden = self._decode(ids[start : start + _CHUNK], cache)
+        chunk = self.backend.chunk
+        for start in range(0, ids.size, chunk):
+            hidden = self._decode(ids[start : start + chunk], cache)
             if logits == "all":
                 out.append(self._logits(hidden))
-            elif logits == "last" and start + _CHUNK >= ids.size:
+            elif logits == "last" and start + chunk >= ids.size:
                 out.append(self._logits(hidden[-1:]))
         if logits == "none":
             return None
@@ -257,15 +254,17 @@ def load(
     threads: int | None = None,
     exact: bool = False,
     ctx: int | None = None,
+    activation_bits: int = 8,
 ) -> Model:
     """Open a `.billm` file and return the model; weights stay mapped, nothing is unpacked.
 
     `device`: "auto" or "cpu". `threads`: of the native kernels (default: their own choice). `exact`: float32 NumPy
-    instead of int8 activations, slow. `ctx`: context length in tokens (default: the model's, at most 4096). Raises
-    UsageError on bad arguments or a missing file and CorruptFileError on a damaged one.
+    instead of integer activations, very slow. `ctx`: context length in tokens (default: the model's, at most 4096).
+    `activation_bits`: 8, or 16 to be all but exact at half the speed (see `cpu_backend`). Raises UsageError on bad
+    arguments or a missing file and CorruptFileError on a damaged one.
     """
     begun = time.perf_counter()
-    backend = choose(device, exact=exact, threads=threads)
+    backend = choose(device, exact=exact, threads=threads, activation_bits=activation_bits)
     model = Model(BillmFile.open(Path(path)), backend, ctx)
     model.load_seconds = time.perf_counter() - begun
     return model

@@ -47,6 +47,7 @@ class ReferenceBackend:
     """Every operation of `Backend` in plain NumPy, float32 throughout."""
 
     device = "cpu"
+    chunk = 1024  # every chunk dequantizes all weights again: few of them
 
     def __init__(self, isa: str, reason: str, kv_dtype: DTypeLike = np.float32) -> None:
         self.isa = isa

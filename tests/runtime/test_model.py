@@ -10,7 +10,6 @@ import pytest
 from random_model import FAMILIES, make_random_billm, tiny_config
 
 import billm_rt
-import billm_rt.model
 import billm_rt.reference
 from billm_format.config import Quantization
 from billm_format.errors import CorruptFileError, DoesNotFitError, UsageError
@@ -66,7 +65,7 @@ def test_chunks_equal_one_pass(
     with billm_rt.load(path, exact=exact) as model:
         tokens = rng.integers(0, model.config.vocab_size, 61)
         wanted = model.logits(tokens)
-        monkeypatch.setattr(billm_rt.model, "_CHUNK", 23)
+        monkeypatch.setattr(model.backend, "chunk", 23)
         # Small enough that weights, queries and heads are all cut, with ragged ends.
         monkeypatch.setattr(billm_rt.reference, "_WEIGHT_ELEMENTS", 3000)
         monkeypatch.setattr(billm_rt.reference, "_SCORE_ELEMENTS", 1500)
