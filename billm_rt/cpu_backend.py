@@ -85,7 +85,8 @@ class CpuBackend(ReferenceBackend):
         if not self._remainder:
             return coarse
         scale = np.repeat(coarse.scales, block, axis=1)[:, : x.shape[1]]
-        rest: Array = (x if col_scale is None else x * col_scale) - coarse.values * scale
+        scaled = x if col_scale is None else x * col_scale
+        rest = np.subtract(scaled, coarse.values * scale, dtype=np.float32)
         fine = cpu.quantize(rest, block)
         values = np.concatenate((coarse.values, fine.values))
         return cpu.QuantizedActivations(values, np.concatenate((coarse.scales, fine.scales)), block)
