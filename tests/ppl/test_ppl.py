@@ -28,14 +28,21 @@ def softmax(logits: NDArray[np.float32]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
+def standard_error(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
 def check(result: ppl.Result, nlls: list[float], windows: int) -> None:
     mean = sum(nlls) / len(nlls)
-    variance = sum((nll - mean) ** 2 for nll in nlls) / (len(nlls) - 1)
+    size = len(nlls) // windows
+    by_window = [sum(nlls[i * size : (i + 1) * size]) / size for i in range(windows)]
     assert result.tokens == len(nlls)
     assert result.windows == windows
     assert result.nll == pytest.approx(mean, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(mean), rel=1e-6)
-    assert result.stderr == pytest.approx(math.exp(mean) * math.sqrt(variance / len(nlls)), rel=1e-6)
+    assert result.stderr == pytest.approx(math.exp(mean) * standard_error(by_window), rel=1e-4)
+    assert result.stderr_tokens == pytest.approx(math.exp(mean) * standard_error(nlls), rel=1e-6)
 
 
 @pytest.mark.parametrize("limit", [None, 2])
@@ -129,6 +136,7 @@ def test_a_perplexity_beyond_float64_is_infinite_not_an_exception() -> None:
     result = ppl.measure(parts, lambda *_: iter([logits]), "paper")
     assert result.perplexity == math.inf
     assert result.nll == pytest.approx(5000)
+    assert math.isnan(result.stderr)  # one window tells nothing about others
 
 
 def test_a_scorer_that_yields_too_few_logits_is_noticed() -> None:
