@@ -58,7 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kl", action="store_true", help="with --against: also compare both models token by token (reads twice)"
     )
-    parser.add_argument("--exact", action="store_true", help="float32 activations instead of int8 (slow)")
+    parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(8, 16),
+        default=8,
+        help="16: all but exact at half the speed (default: 8)",
+    )
+    parser.add_argument("--exact", action="store_true", help="float32 activations (slow)")
     parser.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads")
     parser.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
     add_common_options(parser)
@@ -153,7 +160,14 @@ def _text(data: str | None, notes: Notes) -> texts.Text:
 def _load(args: argparse.Namespace, seqlen: int) -> "Model":
     import billm_rt
 
-    return billm_rt.load(args.model, args.device, threads=args.threads, exact=args.exact, ctx=seqlen)
+    return billm_rt.load(
+        args.model,
+        args.device,
+        threads=args.threads,
+        exact=args.exact,
+        ctx=seqlen,
+        activation_bits=args.activation_bits,
+    )
 
 
 @dataclass(frozen=True)
@@ -224,6 +238,7 @@ def _measure(
         "load_seconds": model.load_seconds,
         "device": model.device,
         "isa": model.isa,
+        "activations": "float32" if args.exact else f"int{args.activation_bits}",
     }
 
 
@@ -299,7 +314,7 @@ def _cost_rows(report: dict[str, Any]) -> Iterator[Row]:
     if memory["tokenizing_peak_rss"] is not None:
         yield "tokenizing the text", f"{_bytes(memory['tokenizing_peak_rss'])} at most, in a process of its own", ""
     yield "load time", f"{report['load_seconds']:.3f} s", ""
-    yield "ran on", f"{report['device']} ({report['isa']})", ""
+    yield "ran on", f"{report['device']} ({report['isa']}), {report['activations']} activations", ""
 
 
 def _row(what: str, cell: Callable[[dict[str, Any]], str], ours: dict[str, Any], other: dict[str, Any] | None) -> Row:

@@ -308,6 +308,9 @@ def test_against_the_dequantized_model_the_exact_path_agrees_to_a_ten_thousandth
     assert fast["ratio"] == pytest.approx(1, abs=3e-3)
     assert fast["against"]["nll"] == pytest.approx(exact["against"]["nll"], rel=1e-6)
     assert "kl" not in fast["against"]
+    finer = report(capsys, *common, "--activation-bits", "16")
+    assert finer["ratio"] == pytest.approx(1, abs=1e-4)
+    assert [found["activations"] for found in (exact, fast, finer)] == ["float32", "int8", "int16"]
 
 
 def test_against_refuses_another_vocabulary_and_folders_without_a_model(
