@@ -13,7 +13,6 @@ from billm_format.config import ModelConfig
 
 # Called with the name of a group of Linears that read the same input, and that input [tokens, cols].
 Capture = Callable[[str, Tensor], None]
-KeyValues = tuple[Tensor, Tensor]  # keys and values, each [batch, kv heads, positions, head_dim]
 
 
 def input_groups(config: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -39,6 +38,26 @@ class Rotary:
         return x * self._cos[rows] + turned * self._sin[rows]
 
 
+class KeyValues:
+    """One block's keys and values for a text that grows token by token, in memory reserved for all of it at once."""
+
+    def __init__(self, capacity: int) -> None:
+        """Reserve nothing before the first `extend`, then `capacity` positions."""
+        self._capacity = capacity
+        self._store: tuple[Tensor, Tensor] | None = None
+        self.length = 0
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append both [batch, kv heads, tokens, head_dim]; return views of everything so far."""
+        if self._store is None:
+            shape = (*key.shape[:2], self._capacity, key.shape[3])
+            self._store = key.new_empty(shape), value.new_empty(shape)
+        start, self.length = self.length, self.length + key.shape[2]
+        for store, new in zip(self._store, (key, value), strict=True):
+            store[:, :, start : self.length] = new
+        return self._store[0][:, :, : self.length], self._store[1][:, :, : self.length]
+
+
 class DecoderBlock:
     """One decoder layer with its weights: float32 tensors named "q_proj.weight", "attn_norm.weight", ..."""
 
@@ -48,22 +67,18 @@ class DecoderBlock:
         self.weights = weights
         self._rotary = rotary
 
-    def forward(
-        self, x: Tensor, past: KeyValues | None = None, capture: Capture | None = None
-    ) -> tuple[Tensor, KeyValues]:
-        """Run x [batch, tokens, hidden] and return the output, same shape, and all keys and values so far."""
-        attended, key_values = self._attention(self._pre_norm("attn_norm", x), past, capture)
-        x = self._post_norm("attn_norm", x + attended)
-        x = x + self._linear("down_proj", self._mlp_inner(self._pre_norm("mlp_norm", x), capture))
-        return self._post_norm("mlp_norm", x), key_values
+    def forward(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
+        """Run x [batch, tokens, hidden] and return the output, same shape; `past` holds what came before, and grows."""
+        x = self._post_norm("attn_norm", x + self._attention(self._pre_norm("attn_norm", x), past, None))
+        x = x + self._linear("down_proj", self._mlp_inner(self._pre_norm("mlp_norm", x), None))
+        return self._post_norm("mlp_norm", x)
 
     def observe(self, x: Tensor, capture: Capture) -> None:
         """Show `capture` every Linear's input for x [batch, tokens, hidden]; the block's own output is not computed."""
-        attended, _ = self._attention(self._pre_norm("attn_norm", x), None, capture)
-        x = self._post_norm("attn_norm", x + attended)
+        x = self._post_norm("attn_norm", x + self._attention(self._pre_norm("attn_norm", x), None, capture))
         self._mlp_inner(self._pre_norm("mlp_norm", x), capture)
 
-    def _attention(self, x: Tensor, past: KeyValues | None, capture: Capture | None) -> tuple[Tensor, KeyValues]:
+    def _attention(self, x: Tensor, past: KeyValues | None, capture: Capture | None) -> Tensor:
         config = self._config
         if capture:
             capture("qkv", x.flatten(0, 1))
@@ -74,16 +89,16 @@ class DecoderBlock:
         if config.qk_norm:
             query = F.rms_norm(query, (config.head_dim,), self.weights["q_norm.weight"], config.norm_eps)
             key = F.rms_norm(key, (config.head_dim,), self.weights["k_norm.weight"], config.norm_eps)
-        start = 0 if past is None else past[0].shape[2]
+        start = 0 if past is None else past.length
         if self._rotary is not None:
             query, key = self._rotary(query, start), self._rotary(key, start)
         if past is not None:
-            key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
+            key, value = past.extend(key, value)
         mixed = _attend(query, key, value, start, config.sliding_window)
         mixed = mixed.transpose(1, 2).reshape(batch, tokens, config.query_size)
         if capture:
             capture("o", mixed.flatten(0, 1))
-        return self._linear("o_proj", mixed), (key, value)
+        return self._linear("o_proj", mixed)
 
     def _mlp_inner(self, x: Tensor, capture: Capture | None) -> Tensor:
         if capture:
@@ -130,8 +145,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, start: int, window: int |
     """Attend causally; query token i stands at position start + i of `key` and `value`."""
     tokens, positions = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
-    if start == 0 and (window is None or window >= positions):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    if window is None or window >= positions:
+        if start == 0:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        if tokens == 1:
+            # The newest token sees everything, so the heads that share keys can pose as tokens: nothing is expanded.
+            shared = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
+            return F.scaled_dot_product_attention(shared, key, value).view(query.shape)
     at = torch.arange(start, start + tokens, device=query.device)[:, None]
     seen = torch.arange(positions, device=query.device)
     mask = seen <= at

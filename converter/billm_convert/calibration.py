@@ -16,7 +16,9 @@ from billm_rt.tokenizer import Tokenizer
 Tokens = NDArray[np.int64]  # [windows, seqlen]
 
 DEFAULT = "wikitext2"
-FALLBACK = "pydoc"  # where the default text is not at hand: works offline on a fresh machine
+# Where the default is not at hand. Held-out output error on C4 of SmolLM2-135M's Linears, calibrated on 16 x 512 tokens
+# of C4 0.065, of the model's own text 0.069, of WikiText-2 0.071, of pydoc (far quicker to have) 0.089.
+FALLBACK = SELF
 
 # Sets of independent documents: a window never crosses from one into the next. The others are joined.
 _DOCUMENT_SETS = ("c4", "openwebtext")
@@ -49,8 +51,9 @@ def choose_text(calib: str | None) -> tuple[CalibrationText, str | None]:
     try:
         return CalibrationText(DEFAULT, texts.load(DEFAULT, "train")), None
     except UsageError as error:
-        chosen = CalibrationText(FALLBACK, texts.load(FALLBACK, "train"))
-        return chosen, f"calibrating on {chosen.name}, because {error}"
+        chosen = CalibrationText(FALLBACK, None)
+        note = f"calibrating on {chosen.name} (--calib pydoc is quicker, and worse), because {error}"
+        return chosen, note
 
 
 def draw_windows(chosen: CalibrationText, tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int) -> Tokens:

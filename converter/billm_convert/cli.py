@@ -18,7 +18,7 @@ SCHEMA, SCHEMA_VERSION = "billm-convert", 1
 _EPILOG = """\
 While it runs, finished blocks are kept in the folder OUT.billm.work: after a crash, a kill or Ctrl-C the same command
 with --resume goes on there and ends in the same bytes. Without --calib the text is WikiText-2 (train), from the folder
-that BILLM_DATA names or through the datasets library, and Python's own reference prose where neither has it.
+that BILLM_DATA names or through the datasets library; where neither has it, the model writes the text itself ("self").
 """
 
 

@@ -298,7 +298,7 @@ class Conversion:
         """Replace the hidden states by the block's output, in place."""
         batches = self._batches(hidden)
         for index, batch in enumerate(batches):
-            batch.copy_(block.forward(batch.to(self.device))[0])
+            batch.copy_(block.forward(batch.to(self.device)))
             self._step(layer, 0.7 + 0.3 * (index + 1) / len(batches))
         if not torch.isfinite(hidden).all():
             raise UsageError(f"the hidden states after block {layer} are not finite: the model cannot be calibrated")

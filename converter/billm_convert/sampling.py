@@ -15,7 +15,7 @@ from billm_convert.block import DecoderBlock, KeyValues, Rotary, embed, finish
 from billm_convert.source import ModelSource
 from billm_format.errors import DoesNotFitError
 
-_BATCH = 16  # windows written at once: reading the weights once serves them all
+_BATCH = 32  # windows written at once: reading the weights once serves them all
 
 
 def sample_windows(
@@ -63,11 +63,11 @@ class _Model:
         self.head = self.tables["embed.weight" if config.tie_word_embeddings else "head.weight"]
         self.device = device
 
-    def next_logits(self, tokens: Tensor, start: int, past: list[KeyValues | None]) -> Tensor:
+    def next_logits(self, tokens: Tensor, start: int, past: list[KeyValues]) -> Tensor:
         """Feed tokens [batch, n] at position `start`; return the last one's logits [batch, vocab] on the CPU."""
         x = embed(self.config, self.tables, self.tables["embed.weight"][tokens.to(self.device)], start)
         for index, block in enumerate(self.blocks):
-            x, past[index] = block.forward(x, past[index])
+            x = block.forward(x, past[index])
         return F.linear(finish(self.config, self.tables, x[:, -1]), self.head).cpu()
 
 
@@ -78,7 +78,7 @@ def _sample(
     tokens = torch.randint(config.vocab_size, (batch, 1), generator=generator)
     if config.bos_token_id is not None and seqlen > 1:
         tokens = torch.cat((torch.full((batch, 1), config.bos_token_id), tokens), dim=1)
-    past: list[KeyValues | None] = [None] * config.num_hidden_layers
+    past = [KeyValues(seqlen) for _ in range(config.num_hidden_layers)]
     fed = 0
     while tokens.shape[1] < seqlen:
         logits = model.next_logits(tokens[:, fed:], fed, past)
