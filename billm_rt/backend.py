@@ -86,7 +86,7 @@ class Backend(Protocol):
         ...
 
 
-def choose(device: str, *, exact: bool = False, threads: int | None = None, activation_bits: int = 8) -> Backend:
+def choose(device: str, *, exact: bool = False, threads: int | None = None, activation_bits: int = 16) -> Backend:
     """Return the back end for `device` ("auto" or "cpu"); UsageError names what is not there.
 
     `exact` takes the float32 NumPy path; else integer activations of `activation_bits` (8 or 16), by the

@@ -1,8 +1,8 @@
 """The CPU back end: linear layers and the head on integer activations by `billm_rt.cpu`, the rest in NumPy.
 
-int8 activations are the fast way. Their rounding is 0.6 % noise, which a good model shrugs off and a badly damaged one
-(a small model under the paper's recipe) amplifies; 16 bits, an int8 value and an int8 remainder, take it away at twice
-the arithmetic.
+int8 activations are the fast way, but their rounding costs: 1.3 % of perplexity with the full-precision weights of
+SmolLM2-135M, several times that where a small model came out badly damaged. The default is therefore 16 bits, an int8
+value and an int8 remainder through the same kernels: within 0.03 % of float32 activations at twice the arithmetic.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class CpuBackend(ReferenceBackend):
 
     chunk = 256
 
-    def __init__(self, activation_bits: int = 8) -> None:
+    def __init__(self, activation_bits: int = 16) -> None:
         self._remainder = activation_bits == 16
         why = cpu.unavailable_reason()
         reason = f"native kernels, {cpu.isa()}" if why is None else f"NumPy, right but many times slower: {why}"

@@ -254,14 +254,14 @@ def load(
     threads: int | None = None,
     exact: bool = False,
     ctx: int | None = None,
-    activation_bits: int = 8,
+    activation_bits: int = 16,
 ) -> Model:
     """Open a `.billm` file and return the model; weights stay mapped, nothing is unpacked.
 
     `device`: "auto" or "cpu". `threads`: of the native kernels (default: their own choice). `exact`: float32 NumPy
     instead of integer activations, very slow. `ctx`: context length in tokens (default: the model's, at most 4096).
-    `activation_bits`: 8, or 16 to be all but exact at half the speed (see `cpu_backend`). Raises UsageError on bad
-    arguments or a missing file and CorruptFileError on a damaged one.
+    `activation_bits`: 16, all but exact, or 8, faster (see `cpu_backend`). Raises UsageError on bad arguments or a
+    missing file and CorruptFileError on a damaged one.
     """
     begun = time.perf_counter()
     backend = choose(device, exact=exact, threads=threads, activation_bits=activation_bits)

@@ -62,8 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--activation-bits",
         type=int,
         choices=(8, 16),
-        default=8,
-        help="16: all but exact at half the speed (default: 8)",
+        default=16,
+        help="8: faster, about one percent of perplexity worse (default: 16, all but exact)",
     )
     parser.add_argument("--exact", action="store_true", help="float32 activations (slow)")
     parser.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads")

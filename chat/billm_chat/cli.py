@@ -60,6 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="context in tokens (default: the model's, at most 4096)",
     )
     machine.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: one per core)")
+    machine.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="8: faster, a little less exact (default: 16)",
+    )
     machine.add_argument("--device", default="auto", metavar="NAME", help="auto or cpu (default: auto)")
     add_common_options(parser)
     return parser
@@ -147,7 +154,9 @@ def _session(args: argparse.Namespace) -> "Session":
         markdown=not args.no_markdown,
     )
     path = args.model if args.model is not None else args.model_option
-    model = billm_rt.load(path, args.device, threads=args.threads, ctx=args.ctx)
+    model = billm_rt.load(
+        path, args.device, threads=args.threads, ctx=args.ctx, activation_bits=args.activation_bits
+    )
     return Session(model, settings, system=None if system is None else encodable(system), raw=args.raw)
 
 

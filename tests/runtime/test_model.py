@@ -265,7 +265,7 @@ def test_native_path_is_its_definition(
     )
     make_random_billm(tmp_path / "q.billm", config, quantization, seed)
     texts = rng.integers(0, config.vocab_size, (15, 4))
-    with billm_rt.load(tmp_path / "q.billm") as model:
+    with billm_rt.load(tmp_path / "q.billm", activation_bits=8) as model:
         emulated = billm_rt.Model(model.file, _Emulated())
         errors = [_relative(model.logits(text), emulated.logits(text)) for text in texts]
     # A code on the edge between two integers may fall either way in a few of the texts; in most none does.
@@ -283,7 +283,7 @@ def test_shared_activations_are_quantized_once(llama: Path, monkeypatch: pytest.
         return quantize(x, block, col_scale)
 
     monkeypatch.setattr(cpu, "quantize", counted)
-    with billm_rt.load(llama) as model:
+    with billm_rt.load(llama, activation_bits=8) as model:
         model.logits([5])
         assert len(calls) == 4 * model.config.num_hidden_layers + 1
 

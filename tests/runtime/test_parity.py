@@ -70,7 +70,7 @@ def test_16_bit_activations_are_all_but_exact(case: str, tmp_path: Path, rng: np
     config = tiny_config(family, **changes)
     twin = make_twins(tmp_path / "m.billm", config, _quantization(config, rng), int(rng.integers(1 << 30)), rope)
     tokens = rng.integers(0, config.vocab_size, 60).tolist()
-    with billm_rt.load(tmp_path / "m.billm", activation_bits=16) as model:
+    with billm_rt.load(tmp_path / "m.billm") as model:
         assert _error(model.logits(tokens), hf_logits(twin, tokens)) < 5e-4
 
 
@@ -86,7 +86,7 @@ def test_int8_activations_stay_close(case: str, tmp_path: Path, rng: np.random.G
     quantization = dataclasses.replace(_quantization(config, rng), embedding_bits=8)
     twin = make_twins(tmp_path / "m.billm", config, quantization, int(rng.integers(1 << 30)), rope)
     tokens = rng.integers(0, config.vocab_size, 60).tolist()
-    with billm_rt.load(tmp_path / "m.billm") as model:
+    with billm_rt.load(tmp_path / "m.billm", activation_bits=8) as model:
         error = _error(model.logits(tokens), hf_logits(twin, tokens))
     print(f"relative error of the logits: {error:.4f}")
     assert 1e-4 < error < 0.05
