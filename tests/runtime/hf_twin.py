@@ -47,11 +47,16 @@ def make_twins(
         config = dataclasses.replace(config, rope_scale=float(rotary.attention_scaling))
     make_random_billm(path, config, quantization, seed, tensors=tensors)
     with BillmFile.open(path) as file:
-        state = _opt_state(file) if config.family == "opt" else _llama_state(file)
+        load_weights(model, file)
+    return model
+
+
+def load_weights(model: Any, file: BillmFile) -> None:
+    """Put the dequantized weights of `file` into a torch module of its shape."""
+    state = _opt_state(file) if file.config.family == "opt" else _llama_state(file)
     missing, unexpected = model.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()}, strict=False)
     assert not unexpected
-    assert set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    return model
+    assert set(missing) <= ({"lm_head.weight"} if file.config.tie_word_embeddings else set())
 
 
 def hf_logits(model: Any, token_ids: list[int]) -> np.ndarray:
