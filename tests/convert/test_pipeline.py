@@ -351,7 +351,13 @@ def test_ctrl_c_says_how_to_resume(tmp_path: Path, seed: int) -> None:
     out = tmp_path / "out.billm"
     read, write = os.pipe()
     argv = [str(folder), str(out), "--calib", str(settings.calib), "--nsamples", "3", "--seqlen", "24"]
-    child = forked(lambda: main(argv), write)
+
+    def start() -> int:
+        # A test run in the background inherits Ctrl-C as ignored; a person's shell would not.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return main(argv)
+
+    child = forked(start, write)
     os.close(write)
     with os.fdopen(read) as stderr:
         for line in stderr:
