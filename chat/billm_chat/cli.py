@@ -154,9 +154,7 @@ def _session(args: argparse.Namespace) -> "Session":
         markdown=not args.no_markdown,
     )
     path = args.model if args.model is not None else args.model_option
-    model = billm_rt.load(
-        path, args.device, threads=args.threads, ctx=args.ctx, activation_bits=args.activation_bits
-    )
+    model = billm_rt.load(path, args.device, threads=args.threads, ctx=args.ctx, activation_bits=args.activation_bits)
     return Session(model, settings, system=None if system is None else encodable(system), raw=args.raw)
 
 
