@@ -102,8 +102,11 @@ class TerminalProcess:
 
 
 def _take_terminal() -> None:
-    """Make the pseudo-terminal the controlling one, so that its Ctrl-C becomes a signal."""
+    """Make the pseudo-terminal the controlling one, so that its Ctrl-C becomes a signal, and no inherited one to ignore."""
     import fcntl
+    import signal
     import termios
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)

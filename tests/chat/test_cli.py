@@ -191,6 +191,7 @@ def test_leaving_and_throwing_lines_away(model: Path, folder: Path) -> None:
         place = chat.wait_for(">>> ", after=place)
         chat.type("\x03")
         place = chat.wait_for("(Ctrl-C again", after=place)
+        chat.wait_for(">>> ", after=place)
         chat.type("\x03")
         assert chat.wait_for_exit() == 0
     assert not (folder / "other" / "state").exists()
