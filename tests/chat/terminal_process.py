@@ -102,7 +102,7 @@ class TerminalProcess:
 
 
 def _take_terminal() -> None:
-    """Make the pseudo-terminal the controlling one, so that its Ctrl-C becomes a signal, and no inherited one to ignore."""
+    """Make the pseudo-terminal the controlling one, so that its Ctrl-C becomes a signal, whatever was inherited."""
     import fcntl
     import signal
     import termios
