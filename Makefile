@@ -26,7 +26,7 @@ $(DEMO)/.model: $(READY)
 	touch $@
 
 # Convert a real chat model, measure it beside the original, and ask it something. Calibrated on the prose that Python
-# carries: nothing to download; text of the model's own (--calib self) is better and takes five minutes more.
+# carries: nothing to download; text of the model's own (--calib self) is better and takes minutes more.
 demo: $(DEMO)/.model
 	$(BIN)/billm-convert $(DEMO)/SmolLM2-135M-Instruct.gguf $(DEMO)/smollm2.billm --calib pydoc --force
 	$(BIN)/billm-info $(DEMO)/smollm2.billm --verify
