@@ -1,21 +1,56 @@
 """What the decoder asks of the machine it runs on, and the one place that decides which machine that is.
 
-`model.py` is written against `Backend` alone. `reference.py` gives every operation its meaning in float32 NumPy,
-`cpu_backend.py` replaces the linear layers by the native kernels.
+`model.py` is written against `Backend` alone. `reference.py` gives every operation its meaning in float32 NumPy;
+`cpu_backend.py` replaces the linear layers by integer products and, with the native library, all layers by one call.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from billm_format.config import ModelConfig
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear
 from billm_rt.cache import KVCache
 
 Array = NDArray[np.float32]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A norm's float32 tensors [width]."""
+
+    weight: Array
+    bias: Array | None  # None: RMSNorm
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One decoder layer; each group of Linears is what `Backend.load_linears` made of those that read one input."""
+
+    attn_norm: Norm
+    mlp_norm: Norm
+    q_norm: Array | None
+    k_norm: Array | None
+    qkv: Any
+    o: Any
+    up: Any  # gate and up, or up alone
+    down: Any
+
+
+class FusedLayers(Protocol):
+    """All decoder layers behind one call."""
+
+    def run(self, x: Array, cache: KVCache, rotary: tuple[Array, Array] | None) -> None:
+        """Replace x [tokens, hidden_size] by the last layer's output and write the cache, without committing.
+
+        `rotary` is cos and sin, [tokens, 1, head_dim / 2], or None where positions were learned.
+        """
+        ...
 
 
 class Backend(Protocol):
@@ -39,6 +74,10 @@ class Backend(Protocol):
 
     def load_table(self, weight: NDArray[Any], scale: NDArray[np.float16] | None) -> Any:
         """Prepare an embedding or head: int8 [rows, width] with float16 scale [rows], or float16 without."""
+        ...
+
+    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | None:
+        """Return the layers as one call that does the same as the loop in `model.py`, or None where there is none."""
         ...
 
     def linears(self, x: Array, group: Any) -> list[Array]:

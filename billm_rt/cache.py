@@ -12,6 +12,9 @@ Float32 = NDArray[np.float32]
 
 # The first allocation, in tokens; every later one doubles.
 _FIRST_CAPACITY = 256
+# int16 keys lie in groups of this many tokens, element by element: [capacity / 16, width, 16]. A vector of sixteen scores
+# then needs no sum across its lanes. Capacities are multiples of it. The native decoder relies on this layout.
+_KEY_GROUP = 16
 _INT16_MAX = 32767
 
 
@@ -71,9 +74,17 @@ class KVCache:
         """
         return self._layers[layer].read(start, stop, limit)
 
+    def room_for(self, count: int) -> tuple[tuple[NDArray[np.generic], Float32], ...]:
+        """Grow until `count` more tokens fit and return every layer's (data, scale), for the native decoder to write.
+
+        data: int16 [2, heads, capacity, width], keys (grouped by sixteen tokens) and values; scale float32 [2, heads,
+        capacity]. `commit` makes what was written count.
+        """
+        return tuple(layer.room_for(len(self), len(self) + count) for layer in self._layers)
+
 
 class _Layer:
-    """One growing array [2, heads, capacity, width], fixed point (with scales) or float32."""
+    """One growing array [2, heads, capacity, width], fixed point (with scales and grouped keys) or float32."""
 
     def __init__(self, heads: int, width: int, ctx: int, dtype: np.dtype[np.generic]) -> None:
         self._ctx = ctx
@@ -85,6 +96,10 @@ class _Layer:
     def nbytes(self) -> int:
         return self._data.nbytes + self._scale.nbytes
 
+    def room_for(self, used: int, needed: int) -> tuple[NDArray[np.generic], Float32]:
+        self._grow(used, needed)
+        return self._data, self._scale
+
     def write(self, start: int, keys: Float32, values: Float32) -> None:
         stop = start + keys.shape[0]
         self._grow(start, stop)
@@ -92,29 +107,52 @@ class _Layer:
             self._data[0, :, start:stop] = keys.transpose(1, 0, 2)
             self._data[1, :, start:stop] = values.transpose(1, 0, 2)
             return
-        both = np.array((keys, values)).transpose(0, 2, 1, 3)
+        both = np.array((keys, values))  # [2, tokens, heads, width]
         scale = np.abs(both).max(axis=3)
         scale *= np.float32(1 / _INT16_MAX)
-        self._scale[:, :, start:stop] = scale
+        self._scale[:, :, start:stop] = scale.transpose(0, 2, 1)
         # A row of zeros keeps scale 0 and codes 0: dividing by the smallest float instead of 0 sees to that.
         both /= np.maximum(scale, np.finfo(np.float32).tiny, out=scale)[..., None]
-        self._data[:, :, start:stop] = np.rint(both, out=both)
+        np.rint(both, out=both)
+        position = np.arange(start, stop)
+        self._grouped_keys()[:, position // _KEY_GROUP, :, position % _KEY_GROUP] = both[0]
+        self._data[1, :, start:stop] = both[1].transpose(1, 0, 2)
 
     def read(self, start: int, stop: int, limit: int) -> Iterator[tuple[slice, Float32, Float32 | None]]:
         _, heads, _, width = self._data.shape
         step = max(1, limit // max(1, 2 * (stop - start) * width))
         for head in range(0, heads, step):
             group = slice(head, min(head + step, heads))
-            data = self._data[:, group, start:stop].astype(np.float32, copy=False)
-            yield group, data, self._scale[:, group, start:stop] if self._scaled else None
+            if self._scaled:
+                yield group, self._unscaled(group, start, stop), self._scale[:, group, start:stop]
+            else:
+                yield group, self._data[:, group, start:stop].astype(np.float32, copy=False), None
+
+    def _unscaled(self, heads: slice, start: int, stop: int) -> Float32:
+        """Return keys and values of some heads as whole numbers, float32 [2, heads, stop - start, width]."""
+        first, last = start // _KEY_GROUP, -(-stop // _KEY_GROUP)
+        keys = self._grouped_keys()[heads, first:last].transpose(0, 1, 3, 2)
+        count, groups, _, width = keys.shape
+        out = np.empty((2, count, stop - start, width), np.float32)
+        offset = start - first * _KEY_GROUP
+        out[0] = keys.reshape(count, groups * _KEY_GROUP, width)[:, offset : offset + stop - start]
+        out[1] = self._data[1, heads, start:stop]
+        return out
+
+    def _grouped_keys(self) -> NDArray[np.generic]:
+        _, heads, capacity, width = self._data.shape
+        return self._data[0].reshape(heads, capacity // _KEY_GROUP, width, _KEY_GROUP)
 
     def _grow(self, used: int, needed: int) -> None:
         _, heads, capacity, width = self._data.shape
         if needed <= capacity:
             return
         capacity = min(self._ctx, max(needed, 2 * capacity, _FIRST_CAPACITY))
+        capacity = -(-capacity // _KEY_GROUP) * _KEY_GROUP
         data = np.empty((2, heads, capacity, width), self._data.dtype)
-        data[:, :, :used] = self._data[:, :, :used]
+        kept = -(-used // _KEY_GROUP) * _KEY_GROUP
+        # A prefix of the tokens is a prefix of each head's elements, grouped keys included.
+        data[:, :, :kept] = self._data[:, :, :kept]
         if self._scaled:
             scale = np.empty((2, heads, capacity), np.float32)
             scale[:, :, :used] = self._scale[:, :, :used]

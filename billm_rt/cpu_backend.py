@@ -1,8 +1,7 @@
-"""The CPU back end: linear layers and the head on integer activations by `billm_rt.cpu`, the rest in NumPy.
+"""The CPU back end: linear layers and the head on integer activations by `billm_rt.cpu`, the layers by one native call.
 
-int8 activations are the fast way, but their rounding costs: 1.3 % of perplexity with the full-precision weights of
-SmolLM2-135M, several times that where a small model came out badly damaged. The default is therefore 16 bits, an int8
-value and an int8 remainder through the same kernels: within 0.03 % of float32 activations at twice the arithmetic.
+Activations are integers of 16 bits by default, all but exact. 8 bits save arithmetic, but their rounding costs: 1.3 % of
+perplexity with the full-precision weights of SmolLM2-135M, several times that where a small model came out badly damaged.
 """
 
 from collections.abc import Sequence
@@ -11,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from billm_format.config import ModelConfig
 from billm_format.packing import PackedLinear
 from billm_rt import cpu
-from billm_rt.backend import Array
+from billm_rt.backend import Array, FusedLayers, Layer
+from billm_rt.cpu.decoder import NativeLayers
 from billm_rt.reference import ReferenceBackend
 
 # Columns that share an activation scale in front of the head, whose rows have one scale each.
@@ -21,7 +22,7 @@ _HEAD_BLOCK = 128
 
 
 @dataclass(frozen=True, eq=False)
-class _Shared:
+class Shared:
     """Linears that can read one quantized activation: same block size, same column scales."""
 
     block: int
@@ -40,7 +41,7 @@ class CpuBackend(ReferenceBackend):
     chunk = 256
 
     def __init__(self, activation_bits: int = 16) -> None:
-        self._remainder = activation_bits == 16
+        self._bits = activation_bits
         why = cpu.unavailable_reason()
         reason = f"native kernels, {cpu.isa()}" if why is None else f"NumPy, right but many times slower: {why}"
         reason += f", {activation_bits}-bit activations"
@@ -48,50 +49,35 @@ class CpuBackend(ReferenceBackend):
 
     def load_linears(self, linears: Sequence[PackedLinear]) -> Any:
         """Sort the Linears by the quantized activation they can share."""
-        shared: list[_Shared] = []
+        shared: list[Shared] = []
         for place, linear in enumerate(linears):
             home = next((group for group in shared if group.serves(linear)), None)
             if home is None:
                 scale = None if linear.col_scale is None else linear.col_scale.astype(np.float32)
-                home = _Shared(linear.block, scale, [])
+                home = Shared(linear.block, scale, [])
                 shared.append(home)
             home.members.append((place, linear))
         return shared
+
+    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | None:
+        """Hand the layers to the native library where it can run them."""
+        return NativeLayers(config, layers, self._bits) if NativeLayers.can_run(config) else None
 
     def linears(self, x: Array, group: Any) -> list[Array]:
         """Quantize x once per kind of activation and multiply."""
         out: dict[int, Array] = {}
         for shared in group:
-            activations = self._quantize(x, shared.block, shared.col_scale)
+            activations = cpu.quantize(x, shared.block, shared.col_scale, self._bits)
             for place, linear in shared.members:
-                y = cpu.binary_linear(linear, activations)
-                if self._remainder:
-                    y = _fold(y)
-                    if linear.bias is not None:
-                        y -= linear.bias  # both halves came with it
-                out[place] = y
+                out[place] = cpu.binary_linear(linear, activations)
         return [out[place] for place in range(len(out))]
 
+    def dense(self, x: Array, weight: Array) -> Array:
+        """Return x times the weight's transpose, token by token: BLAS sums many in another order than one."""
+        return np.stack([weight @ token for token in x])
+
     def head(self, x: Array, table: Any) -> Array:
-        """Multiply by int8 rows on int8 activations; a float16 table goes the float32 way."""
+        """Multiply by int8 rows on integer activations; a float16 table goes the float32 way."""
         if table.scale is None:
             return super().head(x, table)
-        y = cpu.int8_linear(table.weight, table.scale, self._quantize(x, _HEAD_BLOCK, None))
-        return _fold(y) if self._remainder else y
-
-    def _quantize(self, x: Array, block: int, col_scale: Array | None) -> cpu.QuantizedActivations:
-        """Quantize to int8; with 16 bits, the remainders follow as as many tokens again, for `_fold` to add up."""
-        coarse = cpu.quantize(x, block, col_scale)
-        if not self._remainder:
-            return coarse
-        scale = np.repeat(coarse.scales, block, axis=1)[:, : x.shape[1]]
-        scaled = x if col_scale is None else x * col_scale
-        rest = np.subtract(scaled, coarse.values * scale, dtype=np.float32)
-        fine = cpu.quantize(rest, block)
-        values = np.concatenate((coarse.values, fine.values))
-        return cpu.QuantizedActivations(values, np.concatenate((coarse.scales, fine.scales)), block)
-
-
-def _fold(y: Array) -> Array:
-    tokens = y.shape[0] // 2
-    return y[:tokens] + y[tokens:]
+        return cpu.int8_linear(table.weight, table.scale, cpu.quantize(x, _HEAD_BLOCK, None, self._bits))

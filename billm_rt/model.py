@@ -3,7 +3,6 @@
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from billm_format.errors import UsageError
 from billm_format.reader import BillmFile
-from billm_rt.backend import Array, Backend, choose
+from billm_rt.backend import Array, Backend, Layer, Norm, choose
 from billm_rt.cache import KVCache
 from billm_rt.generate import Chunk, generate
 from billm_rt.memory import memory_report
@@ -22,24 +21,6 @@ from billm_rt.sampling import Sampling
 from billm_rt.tokenizer import Tokenizer
 
 _DEFAULT_CTX = 4096
-
-
-@dataclass(frozen=True, eq=False)
-class _Norm:
-    weight: Array
-    bias: Array | None  # None: RMSNorm
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    attn_norm: _Norm
-    mlp_norm: _Norm
-    q_norm: Array | None
-    k_norm: Array | None
-    qkv: Any  # each a group of the back end: Linears that read the same input
-    o: Any
-    up: Any  # gate and up, or up alone
-    down: Any
 
 
 class Model:
@@ -65,6 +46,7 @@ class Model:
         if self.config.final_norm:
             self._final_norm = self._norm_of("final_norm")
         self._layers = [self._layer(f"layers.{i}") for i in range(self.config.num_hidden_layers)]
+        self._fused = backend.fuse(self.config, self._layers)
 
     @property
     def device(self) -> str:
@@ -162,17 +144,24 @@ class Model:
             else:
                 rows = np.arange(start, start + ids.size) + config.position_offset
                 x = x + backend.embed(rows, self._positions)
-            pre = config.norm_position == "pre"
-            for index, layer in enumerate(self._layers):
-                x = x + self._attention(self._norm(x, layer.attn_norm) if pre else x, index, layer, cache, table)
-                x = x if pre else self._norm(x, layer.attn_norm)
-                x = x + self._mlp(self._norm(x, layer.mlp_norm) if pre else x, layer)
-                x = x if pre else self._norm(x, layer.mlp_norm)
+            if self._fused is not None:
+                self._fused.run(x, cache, table)
+            else:
+                x = self._run_layers(x, cache, table)
             cache.commit(ids.tolist())
         return x
 
+    def _run_layers(self, x: Array, cache: KVCache, table: tuple[Array, Array] | None) -> Array:
+        pre = self.config.norm_position == "pre"
+        for index, layer in enumerate(self._layers):
+            x = x + self._attention(self._norm(x, layer.attn_norm) if pre else x, index, layer, cache, table)
+            x = x if pre else self._norm(x, layer.attn_norm)
+            x = x + self._mlp(self._norm(x, layer.mlp_norm) if pre else x, layer)
+            x = x if pre else self._norm(x, layer.mlp_norm)
+        return x
+
     def _attention(
-        self, x: Array, index: int, layer: _Layer, cache: KVCache, table: tuple[Array, Array] | None
+        self, x: Array, index: int, layer: Layer, cache: KVCache, table: tuple[Array, Array] | None
     ) -> Array:
         backend, config = self.backend, self.config
         query, key, value = (y.reshape(x.shape[0], -1, config.head_dim) for y in backend.linears(x, layer.qkv))
@@ -185,7 +174,7 @@ class Model:
         mixed = backend.attention(query, cache, index, config.sliding_window)
         return backend.linears(mixed, layer.o)[0]
 
-    def _mlp(self, x: Array, layer: _Layer) -> Array:
+    def _mlp(self, x: Array, layer: Layer) -> Array:
         backend, config = self.backend, self.config
         first, *rest = backend.linears(x, layer.up)
         inner = backend.activate(first, config.activation)
@@ -201,16 +190,16 @@ class Model:
                 hidden = self.backend.dense(hidden, self._project_out)
             return self.backend.head(hidden, self._head_table)
 
-    def _norm(self, x: Array, norm: _Norm) -> Array:
+    def _norm(self, x: Array, norm: Norm) -> Array:
         if norm.bias is None:
             return self.backend.rms_norm(x, norm.weight, self.config.norm_eps)
         return self.backend.layer_norm(x, norm.weight, norm.bias, self.config.norm_eps)
 
     # ---- from the file to the back end
 
-    def _layer(self, prefix: str) -> _Layer:
+    def _layer(self, prefix: str) -> Layer:
         tensor, linears = self._tensor, self._linears
-        return _Layer(
+        return Layer(
             attn_norm=self._norm_of(f"{prefix}.attn_norm"),
             mlp_norm=self._norm_of(f"{prefix}.mlp_norm"),
             q_norm=tensor(f"{prefix}.q_norm.weight") if self.config.qk_norm else None,
@@ -224,9 +213,9 @@ class Model:
     def _tensor(self, name: str) -> Array:
         return self.backend.load_tensor(self.file.array(name))
 
-    def _norm_of(self, name: str) -> _Norm:
+    def _norm_of(self, name: str) -> Norm:
         bias = self._tensor(f"{name}.bias") if self.config.norm == "layernorm" else None
-        return _Norm(self._tensor(f"{name}.weight"), bias)
+        return Norm(self._tensor(f"{name}.weight"), bias)
 
     def _linears(self, prefix: str, *names: str) -> Any:
         return self.backend.load_linears([self.file.linear(f"{prefix}.{name}") for name in names])

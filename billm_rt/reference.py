@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from billm_format.config import ModelConfig
 from billm_format.packing import PackedLinear
-from billm_rt.backend import Activation, Array
+from billm_rt.backend import Activation, Array, FusedLayers, Layer
 from billm_rt.cache import KVCache
 
 # Elements of one float32 scratch array: weights of a few rows, scores of a few queries, keys of a few heads.
@@ -65,6 +66,10 @@ class ReferenceBackend:
     def load_table(self, weight: NDArray[Any], scale: NDArray[np.float16] | None) -> Any:
         """Keep the table as it is."""
         return Table(weight, scale)
+
+    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | None:
+        """Leave the layers to the loop in `model.py`: it is their meaning."""
+        return None
 
     def linears(self, x: Array, group: Any) -> list[Array]:
         """Return W x + bias for every Linear, W dequantized a few rows at a time."""

@@ -6,6 +6,8 @@ number of threads, and the number of tokens computed together:
     isum[t, r, b] = sum over the columns j of block b of level[r, j] * x[t, j]          exact
     acc           = 0; for every block b in order: acc += x_scale[t, b] * isum[t, r, b]  float32
     out[t, r]     = acc * row_scale[r] (+ bias[r])
+
+An activation x is an integer of 8 bits (-127..127) or 16 (-32512..32512).
 """
 
 import atexit
@@ -31,6 +33,7 @@ __all__ = [
     "binary_linear",
     "int8_linear",
     "isa",
+    "native_linear",
     "quantize",
     "select_isa",
     "set_threads",
@@ -108,37 +111,42 @@ if _reason is None:
     atexit.register(_native.set_threads, 1)  # joins the others before the interpreter goes
 
 
-def quantize(x: NDArray[np.float32], block: int, col_scale: NDArray[np.float32] | None = None) -> QuantizedActivations:
-    """Quantize x [tokens, cols] (times col_scale [cols], if given) to int8, with a scale per token and block.
+def quantize(
+    x: NDArray[np.float32], block: int, col_scale: NDArray[np.float32] | None = None, bits: int = 16
+) -> QuantizedActivations:
+    """Quantize x [tokens, cols] (times col_scale [cols], if given) to `bits` (8 or 16), a scale per token and block.
 
-    scale = absmax / 127, value = x / scale rounded half to even; a block of zeros has the scale 0, one that holds an
-    infinity or NaN the scale NaN. TypeError for a wrong dtype, ValueError for a wrong shape or block size.
+    scale = absmax / top (127 or 32512), value = x / scale rounded half to even; a block of zeros has the scale 0, one
+    that holds an infinity or NaN the scale NaN. TypeError for a wrong dtype, ValueError for a wrong shape, block size
+    or number of bits.
     """
     if _reason:
-        return fallback.quantize(x, block, col_scale)
+        return fallback.quantize(x, block, col_scale, bits)
     tokens, cols = x.shape if x.ndim == 2 and block > 0 else (0, 1)
-    values = np.empty((tokens, cols), np.int8)
+    values = np.empty((tokens, cols), np.int16)
     scales = np.empty((tokens, num_blocks(cols, max(block, 1))), np.float32)
-    _native.quantize(x, col_scale, block, values, scales)
-    return QuantizedActivations(values, scales, block)
+    _native.quantize(x, col_scale, block, bits, values, scales)
+    return QuantizedActivations(values, scales, block, bits)
 
 
 _checked: "weakref.WeakKeyDictionary[PackedLinear, _native.BinaryLinear]" = weakref.WeakKeyDictionary()
 
 
-def _check_weight(weight: "PackedLinear") -> "_native.BinaryLinear":
-    linear = _native.BinaryLinear(
-        weight.sign,
-        weight.second,
-        weight.salient,
-        weight.scales,
-        weight.row_scale,
-        weight.bias,
-        weight.rows,
-        weight.cols,
-        weight.block,
-    )
-    _checked[weight] = linear
+def native_linear(weight: "PackedLinear") -> "_native.BinaryLinear":
+    """Return the weight as the native library knows it, checked once: its arrays must stay as they are."""
+    linear = _checked.get(weight)
+    if linear is None:
+        linear = _checked[weight] = _native.BinaryLinear(
+            weight.sign,
+            weight.second,
+            weight.salient,
+            weight.scales,
+            weight.row_scale,
+            weight.bias,
+            weight.rows,
+            weight.cols,
+            weight.block,
+        )
     return linear
 
 
@@ -155,9 +163,9 @@ def binary_linear(
         raise ValueError(f"x.block: wanted the weight's block size {weight.block}, found {x.block}")
     if _reason:
         return fallback.binary_linear(weight, x, row_scale)
-    linear = _checked.get(weight) or _check_weight(weight)
+    linear = native_linear(weight)
     out = np.empty((x.values.shape[0], weight.rows), np.float32)
-    linear.multiply(x.values, x.scales, out, row_scale)
+    linear.multiply(x.values, x.scales, x.bits, out, row_scale)
     return out
 
 
@@ -171,5 +179,5 @@ def int8_linear(
     if _reason:
         return fallback.int8_linear(weight, scale, x)
     out = np.empty((x.values.shape[0], weight.shape[0]), np.float32)
-    _native.int8_linear(weight, scale, x.values, x.scales, x.block, out)
+    _native.int8_linear(weight, scale, x.values, x.scales, x.block, x.bits, out)
     return out

@@ -26,19 +26,46 @@ class BinaryLinear:
     ) -> BinaryLinear: ...
     def multiply(
         self,
-        values: NDArray[np.int8],
+        values: NDArray[np.int16],
         x_scales: NDArray[np.float32],
+        bits: int,
         out: NDArray[np.float32],
         row_scale: NDArray[np.float32] | None,
+        /,
+    ) -> None: ...
+
+class Decoder:
+    """Decoder layers, checked once; holds on to the arrays' memory. `decoder.py` says what the arguments are."""
+
+    def __new__(
+        cls,
+        sizes: tuple[int, int, int, int, int, int],
+        norm_eps: float,
+        post_norm: bool,
+        gated: bool,
+        activation: int,
+        activation_bits: int,
+        layers: tuple[Any, ...],
+        /,
+    ) -> Decoder: ...
+    def run(
+        self,
+        x: NDArray[np.float32],
+        start: int,
+        cos: NDArray[np.float32] | None,
+        sin: NDArray[np.float32] | None,
+        first: int,
+        caches: tuple[tuple[NDArray[np.generic], NDArray[np.float32]], ...],
         /,
     ) -> None: ...
 
 def int8_linear(
     weight: NDArray[np.int8],
     scale: NDArray[Any],
-    values: NDArray[np.int8],
+    values: NDArray[np.int16],
     x_scales: NDArray[np.float32],
     block: int,
+    bits: int,
     out: NDArray[np.float32],
     /,
 ) -> None: ...
@@ -46,7 +73,8 @@ def quantize(
     x: NDArray[np.float32],
     col_scale: NDArray[np.float32] | None,
     block: int,
-    values: NDArray[np.int8],
+    bits: int,
+    values: NDArray[np.int16],
     scales: NDArray[np.float32],
     /,
 ) -> None: ...

@@ -1,8 +1,9 @@
 /* AVX2: sums of bytes through maddubs (unsigned times signed, pairs summed in int16). */
 #include "x86.h"
 
-static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
-    billm_quantize_token(x, col_scale, cols, block, values, scales);
+static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+                     float *scales) {
+    billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
 /* sum(level * x) of each unit of a slab, from 32 bytes of both planes and the magnitudes of each unit's block. */
@@ -34,27 +35,20 @@ static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm
     return _mm256_sub_epi32(sum, _mm256_madd_epi16(m1m3, _mm256_load_si256((const void *)x->sums)));
 }
 
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
+static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
                         size_t end, float *acc) {
-    billm_gemv(w, prepared, x_scale, row, end, acc, unit_sums);
+    billm_gemv(w, prepared, bits, x_scale, row, end, acc, unit_sums);
 }
 
-static inline __m256i dot32(__m256i sum, __m256i weight, __m256i x) {
-    /* |weight| <= 128 as an unsigned byte, so that two products fit in int16: 2 * 128 * 127 < 2^15. */
-    __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+static inline __m256i dot16(__m256i sum, __m128i weight, __m256i x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(weight), x));
 }
 
-static __m256i load_start(const int8_t *from, size_t count) {
-    int8_t values[32] = {0};
-    memcpy(values, from, count);
-    return _mm256_loadu_si256((const __m256i *)values);
-}
-
-void billm_avx2_int8_gemv(const struct billm_weight *w, const int8_t *x, const float *x_scale, size_t row, size_t end,
-                          float *acc) {
-    const size_t whole = w->cols / 32 * 32, rest = w->cols - whole;
-    const __m256i last = load_start(x + whole, rest);
+static void int8_gemv(const struct billm_weight *w, const int16_t *x, const float *x_scale, size_t row, size_t end,
+                      float *acc) {
+    const size_t whole = w->cols / 16 * 16, rest = w->cols - whole;
+    int16_t last[16] = {0};
+    memcpy(last, x + whole, rest * sizeof *x);
     for (; row < end; row += 8) {
         size_t rows = billm_min(8, end - row);
         __m256 total = _mm256_setzero_ps();
@@ -64,11 +58,15 @@ void billm_avx2_int8_gemv(const struct billm_weight *w, const int8_t *x, const f
             for (size_t r = 0; r < 8; r++) {
                 const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
                 __m256i sum = _mm256_setzero_si256();
-                for (size_t j = col; j < stop; j += 32)
-                    sum = dot32(sum, _mm256_loadu_si256((const __m256i *)(values + j)),
+                for (size_t j = col; j < stop; j += 16)
+                    sum = dot16(sum, _mm_loadu_si128((const __m128i *)(values + j)),
                                 _mm256_loadu_si256((const __m256i *)(x + j)));
-                if (rest && b + 1 == w->blocks)
-                    sum = dot32(sum, load_start(values + whole, rest), last);
+                if (rest && b + 1 == w->blocks) {
+                    int8_t end_of_row[16] = {0};
+                    memcpy(end_of_row, values + whole, rest);
+                    sum = dot16(sum, _mm_loadu_si128((const __m128i *)end_of_row),
+                                _mm256_loadu_si256((const __m256i *)last));
+                }
                 sums[r] = sum;
             }
             total = billm_step(total, x_scale[b], billm_sum8(sums));
@@ -179,13 +177,6 @@ void billm_avx2_int8_tile(const struct billm_weight *w, size_t row, size_t rows,
     }
 }
 
-void billm_avx2_pack(const int8_t *x, size_t cols, void *packed) {
-    int16_t *out = packed;
-    memset(out + cols, 0, (billm_round_up(cols, BILLM_UNIT) - cols) * sizeof *out);
-    for (size_t j = 0; j < cols; j++)
-        out[j] = x[j];
-}
-
 /* Sums over `pairs` pairs of columns: sums[i][half] for token i and eight rows. */
 static void multiply_block(const __m256i *level, size_t pairs, const int16_t *const x[BILLM_TOKEN_STEP],
                            __m256i sums[BILLM_TOKEN_STEP][2]) {
@@ -210,8 +201,9 @@ static void multiply_block(const __m256i *level, size_t pairs, const int16_t *co
     memcpy(sums, result, sizeof result);
 }
 
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
-                     size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
+                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    (void)bits; /* pairs of int16 serve both */
     for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
         for (size_t b = 0, col = 0; col < cols; b++, col += block) {
             const int16_t *values[BILLM_TOKEN_STEP];
@@ -231,14 +223,14 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_avx2 = {
     .name = "avx2",
     .tile_rows = TILE_ROWS,
-    .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
     .prepared_bytes = billm_prepared_bytes,
     .prepare = billm_prepare,
     .binary_gemv = binary_gemv,
-    .int8_gemv = billm_avx2_int8_gemv,
+    .int8_gemv = int8_gemv,
     .binary_tile = billm_avx2_binary_tile,
     .int8_tile = billm_avx2_int8_tile,
-    .pack = billm_avx2_pack,
+    .pack = billm_pack_int16,
     .multiply = multiply,
+    .floats = &billm_float_avx2,
 };

@@ -1,41 +1,180 @@
-/* AVX-512 with VNNI: vpdpbusd sums four bytes straight into an int32 lane, vpdpwssd a pair of int16.
- * Decoding stays at 256 bits, where slabs and tails are those of AVX2: memory is the limit there, not arithmetic. */
+/* AVX-512 with VNNI: vpdpbusd sums four bytes straight into an int32 lane, vpdpwssd a pair of int16. */
 #include "x86.h"
 
-static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
-    billm_quantize_token(x, col_scale, cols, block, values, scales);
+static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+                     float *scales) {
+    billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
-/* Pairs of int16 from two vectors of int32 sums, which |x| <= 127 keeps below 2^12. */
-static inline __m256i pairs(__m256i plain, __m256i salient) {
-    return _mm256_blend_epi16(plain, _mm256_slli_epi32(salient, 16), 0xaa);
+/* ---- decoding: a stretch of 64 columns is eight bytes of a plane, and those are a mask ----
+ *
+ * Magnitudes are unsigned bytes, looked up among the four of the row's block; activations are signed ones, negated where
+ * the sign plane says so. Which of two magnitudes a column has is q = second, or for a salient column whether second and
+ * sign agree. Blocks of 32 columns leave half of a stretch empty. */
+
+enum { STRETCH = 64, GROUP = 8, CHUNK = 16 }; /* rows at a time; blocks whose magnitudes are made at once */
+
+struct stretch {
+    int8_t low[STRETCH], high[STRETCH]; /* of the activations; zeros behind the last column */
+    uint8_t index[STRETCH];             /* 4 i + 2 where column i of a 4-byte lane is salient: see magnitudes */
+    uint64_t salient;
+    uint8_t padding[STRETCH - sizeof(uint64_t)];
+};
+
+static size_t stretch_cols(const struct billm_weight *w) {
+    return billm_min(STRETCH, w->block);
 }
 
-static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes) {
-    const __m256i ones = _mm256_set1_epi8(1), differences = _mm256_set1_epi16(0x01ff); /* bytes -1, 1 */
-    __m256i q = _mm256_xor_si256(second, _mm256_andnot_si256(sign, _mm256_load_si256((const void *)x->not_salient)));
-    __m256i sp = _mm256_setzero_si256(), ss = sp, qp = sp, qs = sp;
-    for (int k = 0; k < 8; k++) {
-        __m256i plain = _mm256_load_si256((const void *)x->plain[k]);
-        __m256i salient = _mm256_load_si256((const void *)x->salient[k]);
-        __m256i s_bit = _mm256_and_si256(sign, ones), q_bit = _mm256_and_si256(q, ones);
-        sign = _mm256_srli_epi16(sign, 1);
-        q = _mm256_srli_epi16(q, 1);
-        sp = _mm256_dpbusd_epi32(sp, s_bit, plain);
-        ss = _mm256_dpbusd_epi32(ss, s_bit, salient);
-        qp = _mm256_dpbusd_epi32(qp, q_bit, plain);
-        qs = _mm256_dpbusd_epi32(qs, q_bit, salient);
+static size_t prepared_bytes(const struct billm_weight *w) {
+    return (w->cols + stretch_cols(w) - 1) / stretch_cols(w) * sizeof(struct stretch);
+}
+
+static uint64_t load_bits(const uint8_t *from, size_t bytes) {
+    uint64_t value = 0;
+    memcpy(&value, from, bytes);
+    return value;
+}
+
+static void prepare(const struct billm_weight *w, const int16_t *x, int bits, void *prepared) {
+    struct stretch *to = prepared;
+    const size_t most = stretch_cols(w);
+    (void)bits;
+    for (size_t col = 0; col < w->cols; col += most, to++) {
+        const size_t count = billm_min(most, w->cols - col);
+        memset(to, 0, sizeof *to);
+        billm_split(x + col, count, to->high, to->low);
+        to->salient = load_bits(w->salient + col / 8, billm_min(most / 8, w->stride - col / 8));
+        _mm512_store_si512(to->index, _mm512_maskz_set1_epi8(to->salient, 2));
     }
-    __m256i m1m3 = _mm256_srli_epi16(magnitudes, 8);
-    __m256i sum = _mm256_madd_epi16(pairs(sp, ss), _mm256_maddubs_epi16(magnitudes, ones));
-    sum = _mm256_dpwssd_epi32(sum, pairs(qp, qs), _mm256_maddubs_epi16(magnitudes, differences));
-    return _mm256_sub_epi32(sum, _mm256_madd_epi16(m1m3, _mm256_load_si256((const void *)x->sums)));
 }
 
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
-                        size_t end, float *acc) {
-    billm_gemv(w, prepared, x_scale, row, end, acc, unit_sums);
+/* The four magnitudes (bytes of each 32-bit lane) of sixteen blocks, from alpha_c, alpha_s, alpha_o, alpha_r. */
+static inline __m512i magnitudes(__m512i scales) {
+    const __m512i repeat_o = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 12, 13, 14, 14));
+    __m512i residual = _mm512_and_si512(scales, _mm512_set1_epi32((int)0xff000000u));
+    __m512i sum = _mm512_adds_epu8(_mm512_shuffle_epi8(scales, repeat_o), residual);
+    return _mm512_subs_epu8(sum, _mm512_srli_epi32(residual, 8));
 }
+
+/* Lane i is the sum of the lanes of a[i]. */
+static inline __m256i sum_lanes(const __m512i a[GROUP]) {
+    __m512i pair[4], quad[2];
+    for (int i = 0; i < 4; i++)
+        pair[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
+                                   _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 2; i++)
+        quad[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]),
+                                   _mm512_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]));
+    __m512i half = _mm512_add_epi32(_mm512_shuffle_i32x4(quad[0], quad[1], 0x88),
+                                    _mm512_shuffle_i32x4(quad[0], quad[1], 0xdd));
+    __m256i low = _mm512_castsi512_si256(half), high = _mm512_extracti64x4_epi64(half, 1);
+    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+/* Where a group of rows begins in the planes; a short group repeats its last row. */
+struct group {
+    const uint8_t *sign[GROUP], *second[GROUP];
+    uint32_t magnitudes[GROUP][CHUNK];
+};
+
+/* Add a stretch of eight rows; `bytes` of each plane are there, `wide` says whether there is a high part. */
+BILLM_INLINE void add_stretch(const struct group *g, size_t byte, const size_t bytes, size_t block,
+                              const struct stretch *x, const int wide, __m512i low[GROUP], __m512i high[GROUP]) {
+    const __m512i one = _mm512_set1_epi8(1), index = _mm512_load_si512(x->index), zero = _mm512_setzero_si512();
+    const __m512i x_low = _mm512_load_si512(x->low), x_high = _mm512_load_si512(x->high);
+    const uint64_t salient = x->salient;
+#pragma GCC unroll 8
+    for (size_t r = 0; r < GROUP; r++) {
+        uint64_t sign = load_bits(g->sign[r] + byte, bytes), second = load_bits(g->second[r] + byte, bytes);
+        __mmask64 minus = _cvtu64_mask64(~sign), q = _cvtu64_mask64(second ^ (salient & ~sign));
+        __m512i magnitude = _mm512_shuffle_epi8(_mm512_set1_epi32((int)g->magnitudes[r][block]),
+                                                _mm512_mask_add_epi8(index, q, index, one));
+        low[r] = _mm512_dpbusd_epi32(low[r], magnitude, _mm512_mask_sub_epi8(x_low, minus, zero, x_low));
+        if (wide)
+            high[r] = _mm512_dpbusd_epi32(high[r], magnitude, _mm512_mask_sub_epi8(x_high, minus, zero, x_high));
+    }
+}
+
+static void read_magnitudes(const struct billm_weight *w, const size_t rows[GROUP], size_t block, struct group *g) {
+    const size_t count = billm_min(CHUNK, w->blocks - block);
+    const __mmask16 there = (__mmask16)((1u << count) - 1);
+    for (size_t r = 0; r < GROUP; r++) {
+        __m512i scales = _mm512_maskz_loadu_epi32(there, w->scales + 4 * (rows[r] * w->blocks + block));
+        _mm512_storeu_si512(g->magnitudes[r], magnitudes(scales));
+    }
+}
+
+BILLM_INLINE void gemv(const struct billm_weight *w, const struct stretch *x, const int wide, const float *x_scale,
+                       size_t row, size_t end, float *acc) {
+    const size_t cols = stretch_cols(w), stretches = (w->cols + cols - 1) / cols, per_block = w->block / cols;
+    for (; row < end; row += GROUP) {
+        struct group g;
+        size_t rows[GROUP], stretch = 0;
+        __m256 total = _mm256_setzero_ps();
+        for (size_t r = 0; r < GROUP; r++) {
+            rows[r] = billm_min(row + r, end - 1);
+            g.sign[r] = w->sign + rows[r] * w->stride;
+            g.second[r] = w->second + rows[r] * w->stride;
+        }
+        for (size_t block = 0; block < w->blocks; block++) {
+            __m512i low[GROUP], high[GROUP];
+            if (block % CHUNK == 0)
+                read_magnitudes(w, rows, block, &g);
+            for (size_t r = 0; r < GROUP; r++)
+                low[r] = high[r] = _mm512_setzero_si512();
+            for (size_t last = billm_min(stretch + per_block, stretches); stretch < last; stretch++) {
+                const size_t byte = stretch * cols / 8;
+                if (w->stride - byte >= 8 && cols == STRETCH)
+                    add_stretch(&g, byte, 8, block % CHUNK, x + stretch, wide, low, high);
+                else
+                    add_stretch(&g, byte, 4, block % CHUNK, x + stretch, wide, low, high);
+            }
+            if (wide)
+                for (size_t r = 0; r < GROUP; r++)
+                    low[r] = _mm512_add_epi32(low[r], _mm512_sub_epi32(_mm512_slli_epi32(high[r], 8), high[r]));
+            total = billm_step(total, x_scale[block], sum_lanes(low));
+        }
+        _mm256_mask_storeu_ps(acc, (__mmask8)((1u << billm_min(GROUP, end - row)) - 1), total);
+        acc += GROUP;
+    }
+}
+
+static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                        size_t end, float *acc) {
+    if (bits > 8)
+        gemv(w, prepared, 1, x_scale, row, end, acc);
+    else
+        gemv(w, prepared, 0, x_scale, row, end, acc);
+}
+
+static void int8_gemv(const struct billm_weight *w, const int16_t *x, const float *x_scale, size_t row, size_t end,
+                      float *acc) {
+    for (; row < end; row += GROUP) {
+        __m256 total = _mm256_setzero_ps();
+        for (size_t block = 0, col = 0; block < w->blocks; block++) {
+            const size_t stop = billm_min(col + w->block, w->cols);
+            __m512i sums[GROUP];
+            for (size_t r = 0; r < GROUP; r++)
+                sums[r] = _mm512_setzero_si512();
+            for (; col < stop; col += 32) {
+                const __mmask32 there = stop - col >= 32 ? 0xffffffffu : (1u << (stop - col)) - 1;
+                const __m512i values = _mm512_maskz_loadu_epi16(there, x + col);
+#pragma GCC unroll 8
+                for (size_t r = 0; r < GROUP; r++) {
+                    const int8_t *from = w->values + billm_min(row + r, end - 1) * w->stride + col;
+                    __m512i weight = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(there, from));
+                    sums[r] = _mm512_dpwssd_epi32(sums[r], weight, values);
+                }
+            }
+            col = stop;
+            total = billm_step(total, x_scale[block], sum_lanes(sums));
+        }
+        _mm256_mask_storeu_ps(acc, (__mmask8)((1u << billm_min(GROUP, end - row)) - 1), total);
+        acc += GROUP;
+    }
+}
+
+/* ---- prompts ---- */
 
 enum { TILE_ROWS = 16 };
 
@@ -70,8 +209,9 @@ static void multiply_block(const __m512i *level, size_t pairs, const int16_t *co
     sums[3] = _mm512_add_epi32(a3, b3);
 }
 
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
-                     size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
+                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    (void)bits; /* pairs of int16 serve both */
     for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
         for (size_t b = 0, col = 0; col < cols; b++, col += block) {
             const int16_t *values[BILLM_TOKEN_STEP];
@@ -92,14 +232,14 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_avx512 = {
     .name = "avx512-vnni",
     .tile_rows = TILE_ROWS,
-    .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
-    .prepared_bytes = billm_prepared_bytes,
-    .prepare = billm_prepare,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
     .binary_gemv = binary_gemv,
-    .int8_gemv = billm_avx2_int8_gemv,
+    .int8_gemv = int8_gemv,
     .binary_tile = billm_avx2_binary_tile,
     .int8_tile = billm_avx2_int8_tile,
-    .pack = billm_avx2_pack,
+    .pack = billm_pack_int16,
     .multiply = multiply,
+    .floats = &billm_float_avx512,
 };

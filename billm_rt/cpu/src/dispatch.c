@@ -1,5 +1,5 @@
 /* Which instruction set runs, and how a product is cut into tasks. */
-#include "kernels.h"
+#include "decoder.h"
 
 #include <stdlib.h>
 
@@ -13,6 +13,7 @@
 
 enum {
     PANEL_TOKENS = 256,        /* most tokens packed at a time: bounds the scratch of long prompts */
+    GEMV_ROWS = 256,           /* rows whose sums lie on the stack at a time */
     PANEL_BYTES = 4 << 20,     /* and the same in bytes, where columns are many */
     WEIGHTS_PER_TASK = 1 << 15 /* about a microsecond of work: handing out less costs more than it gains */
 };
@@ -22,7 +23,7 @@ enum {
 #if defined(__x86_64__) || defined(BILLM_SIMDE)
 static int has_avx2(void) {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2"); /* asks the processor and, through xgetbv, the system */
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* asks the processor and, through xgetbv, the system */
 #else
     return 1;
 #endif
@@ -32,7 +33,7 @@ static int has_avx512(void) {
 #if defined(BILLM_SIMDE)
     return 1;
 #else
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
 #endif
@@ -71,7 +72,7 @@ static size_t candidates(const struct billm_isa *found[4]) {
 
 static const struct billm_isa *selected; /* guarded by the pool's turn */
 
-static const struct billm_isa *current(void) {
+const struct billm_isa *billm_isa_in_turn(void) {
     const struct billm_isa *found[4];
     if (!selected) {
         candidates(found);
@@ -103,7 +104,7 @@ int billm_select(const char *name) {
 
 const char *billm_selected(void) {
     billm_pool_lock();
-    const char *name = current()->name;
+    const char *name = billm_isa_in_turn()->name;
     billm_pool_unlock();
     return name;
 }
@@ -128,18 +129,35 @@ static void *scratch_of(size_t size) {
 
 struct job {
     const struct billm_isa *isa;
-    const struct billm_weight *weight;
+    const struct billm_product *products;
+    size_t count;
     const struct billm_tokens *x;
-    const struct billm_epilogue *epilogue;
-    float *out;
+    size_t first_task[BILLM_MAX_PRODUCTS + 1]; /* where the tasks of each product begin */
     size_t rows_per_task;
-    /* decoding: the one token, prepared */
-    const void *prepared;
+    /* decoding: the one token, prepared for each product */
+    const void *prepared[BILLM_MAX_PRODUCTS];
     /* prompts: the packed panel of tokens first_token .. first_token + tokens, padded to padded_tokens */
     const uint8_t *panel;
     const float *panel_scales;
     size_t panel_stride, first_token, tokens, padded_tokens;
 };
+
+/* Cut the rows of all products into tasks of `rows`; return how many. */
+static size_t cut_rows(struct job *job, size_t rows) {
+    job->rows_per_task = rows;
+    for (size_t i = 0; i < job->count; i++)
+        job->first_task[i + 1] = job->first_task[i] + (job->products[i].weight->rows + rows - 1) / rows;
+    return job->first_task[job->count];
+}
+
+/* Return the product that a task belongs to, and its first row there. */
+static size_t product_of(const struct job *job, size_t task, size_t *row) {
+    size_t i = 0;
+    while (task >= job->first_task[i + 1])
+        i++;
+    *row = (task - job->first_task[i]) * job->rows_per_task;
+    return i;
+}
 
 static float half_to_float(unsigned half) {
     uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
@@ -168,99 +186,118 @@ static float row_bias(const struct billm_epilogue *e, size_t row) {
     return value;
 }
 
+/* Turn sums acc [rows] of the rows from `row` on into results at `out`. */
+static void finish(const struct billm_product *p, size_t row, size_t rows, const float *acc, float *out) {
+    for (size_t r = 0; r < rows; r++) {
+        float value = acc[r] * row_scale(&p->epilogue, row + r);
+        value = p->epilogue.bias ? value + row_bias(&p->epilogue, row + r) : value;
+        out[r] = p->accumulate ? out[r] + value : value;
+    }
+}
+
 static void gemv_task(void *context, size_t index) {
     const struct job *job = context;
-    const struct billm_weight *w = job->weight;
-    size_t row = index * job->rows_per_task, end = billm_min(row + job->rows_per_task, w->rows);
-    if (w->values)
-        job->isa->int8_gemv(w, job->x->values, job->x->scales, row, end, job->out + row);
-    else
-        job->isa->binary_gemv(w, job->prepared, job->x->scales, row, end, job->out + row);
-    for (; row < end; row++) {
-        float value = job->out[row] * row_scale(job->epilogue, row);
-        job->out[row] = job->epilogue->bias ? value + row_bias(job->epilogue, row) : value;
+    size_t row, i = product_of(job, index, &row);
+    const struct billm_product *p = &job->products[i];
+    const struct billm_weight *w = p->weight;
+    float acc[GEMV_ROWS];
+    for (size_t end = billm_min(row + job->rows_per_task, w->rows); row < end; row += GEMV_ROWS) {
+        size_t stop = billm_min(row + GEMV_ROWS, end);
+        if (w->values)
+            job->isa->int8_gemv(w, job->x->values, job->x->scales, row, stop, acc);
+        else
+            job->isa->binary_gemv(w, job->prepared[i], job->x->bits, job->x->scales, row, stop, acc);
+        finish(p, row, stop - row, acc, p->out + row);
     }
 }
 
 /* Multiply a tile of rows with the whole panel, a stretch of columns at a time. */
 static void gemm_task(void *context, size_t index) {
     const struct job *job = context;
-    const struct billm_weight *w = job->weight;
+    size_t row, i = product_of(job, index, &row);
+    const struct billm_product *p = &job->products[i];
+    const struct billm_weight *w = p->weight;
     const struct billm_isa *isa = job->isa;
     _Alignas(64) int16_t tile[BILLM_TILE_ROWS * BILLM_TILE_COLS];
     _Alignas(64) float acc[PANEL_TOKENS * BILLM_TILE_ROWS];
-    size_t row = index * isa->tile_rows, rows = billm_min(isa->tile_rows, w->rows - row);
+    size_t rows = billm_min(isa->tile_rows, w->rows - row);
     memset(acc, 0, job->padded_tokens * isa->tile_rows * sizeof *acc);
     for (size_t col = 0; col < w->cols; col += BILLM_TILE_COLS) {
         size_t cols = billm_min(BILLM_TILE_COLS, w->cols - col);
         (w->values ? isa->int8_tile : isa->binary_tile)(w, row, rows, col, cols, tile);
-        isa->multiply(tile, cols, w->block, job->panel + col * isa->packed_bytes, job->panel_stride,
+        isa->multiply(tile, cols, w->block, job->panel + col * sizeof(int16_t), job->panel_stride, job->x->bits,
                       job->panel_scales + col / w->block, w->blocks, job->padded_tokens, acc);
     }
-    float scale[BILLM_TILE_ROWS], bias[BILLM_TILE_ROWS];
-    for (size_t r = 0; r < rows; r++) {
-        scale[r] = row_scale(job->epilogue, row + r);
-        bias[r] = row_bias(job->epilogue, row + r);
-    }
-    for (size_t t = 0; t < job->tokens; t++) {
-        float *out = job->out + (job->first_token + t) * w->rows + row;
-        const float *sum = acc + t * isa->tile_rows;
-        for (size_t r = 0; r < rows; r++)
-            out[r] = job->epilogue->bias ? sum[r] * scale[r] + bias[r] : sum[r] * scale[r];
-    }
+    for (size_t t = 0; t < job->tokens; t++)
+        finish(p, row, rows, acc + t * isa->tile_rows, p->out + (job->first_token + t) * p->out_stride + row);
 }
 
 static int run_gemv(struct job *job) {
-    const struct billm_weight *w = job->weight;
-    if (!w->values) {
-        void *prepared = scratch_of(job->isa->prepared_bytes(w));
-        if (!prepared)
-            return -1;
-        job->isa->prepare(w, job->x->values, prepared);
-        job->prepared = prepared;
+    size_t sizes[BILLM_MAX_PRODUCTS], bytes = 0, rows = 0;
+    for (size_t i = 0; i < job->count; i++) {
+        const struct billm_weight *w = job->products[i].weight;
+        sizes[i] = w->values ? 0 : billm_round_up(job->isa->prepared_bytes(w), 64);
+        bytes += sizes[i];
+        rows += w->rows;
     }
+    uint8_t *prepared = bytes ? scratch_of(bytes) : NULL;
+    if (bytes && !prepared)
+        return -1;
+    for (size_t i = 0; i < job->count; prepared += sizes[i++])
+        if (sizes[i]) {
+            job->isa->prepare(job->products[i].weight, job->x->values, job->x->bits, prepared);
+            job->prepared[i] = prepared;
+        }
     /* Eight tasks a thread even out what else the machine does. */
-    size_t shares = 8 * (size_t)billm_pool_threads();
-    size_t rows = (w->rows + shares - 1) / shares, fewest = (WEIGHTS_PER_TASK + w->cols - 1) / w->cols;
-    job->rows_per_task = billm_round_up(rows > fewest ? rows : fewest, 8);
-    billm_pool_run(gemv_task, job, (w->rows + job->rows_per_task - 1) / job->rows_per_task);
+    const size_t cols = job->products[0].weight->cols, shares = 8 * (size_t)billm_pool_threads();
+    const size_t share = (rows + shares - 1) / shares, fewest = (WEIGHTS_PER_TASK + cols - 1) / cols;
+    billm_pool_run(gemv_task, job, cut_rows(job, billm_round_up(share > fewest ? share : fewest, 8)));
     return 0;
 }
 
-static int run_gemm(struct job *job) {
-    const struct billm_weight *w = job->weight;
+/* Pack `count` tokens from job->first_token on. */
+static void pack_panel(struct job *job, size_t count, uint8_t *panel, float *scales) {
+    const struct billm_weight *w = job->products[0].weight;
     const struct billm_tokens *x = job->x;
-    job->panel_stride = billm_round_up(w->cols, BILLM_UNIT) * job->isa->packed_bytes;
+    job->tokens = count;
+    job->padded_tokens = billm_round_up(count, BILLM_TOKEN_STEP);
+    memset(panel + count * job->panel_stride, 0, (job->padded_tokens - count) * job->panel_stride);
+    memset(scales, 0, job->padded_tokens * w->blocks * sizeof *scales);
+    memcpy(scales, x->scales + job->first_token * w->blocks, count * w->blocks * sizeof *scales);
+    for (size_t t = 0; t < count; t++)
+        job->isa->pack(x->values + (job->first_token + t) * w->cols, w->cols, panel + t * job->panel_stride);
+}
+
+static int run_gemm(struct job *job) {
+    const struct billm_weight *w = job->products[0].weight;
+    const size_t count = job->x->count;
+    job->panel_stride = billm_round_up(w->cols, BILLM_UNIT) * sizeof(int16_t);
     size_t most = billm_min(PANEL_TOKENS, PANEL_BYTES / job->panel_stride / BILLM_TOKEN_STEP * BILLM_TOKEN_STEP);
-    most = billm_min(most ? most : BILLM_TOKEN_STEP, billm_round_up(x->count, BILLM_TOKEN_STEP));
+    most = billm_min(most ? most : BILLM_TOKEN_STEP, billm_round_up(count, BILLM_TOKEN_STEP));
     uint8_t *panel = scratch_of(most * (job->panel_stride + w->blocks * sizeof(float)));
     if (!panel)
         return -1;
     float *scales = (void *)(panel + most * job->panel_stride);
     job->panel = panel;
     job->panel_scales = scales;
-    for (size_t first = 0; first < x->count; first += most) {
-        job->first_token = first;
-        job->tokens = billm_min(most, x->count - first);
-        job->padded_tokens = billm_round_up(job->tokens, BILLM_TOKEN_STEP);
-        memset(panel + job->tokens * job->panel_stride, 0, (job->padded_tokens - job->tokens) * job->panel_stride);
-        memset(scales, 0, job->padded_tokens * w->blocks * sizeof *scales);
-        memcpy(scales, x->scales + first * w->blocks, job->tokens * w->blocks * sizeof *scales);
-        for (size_t t = 0; t < job->tokens; t++)
-            job->isa->pack(x->values + (first + t) * w->cols, w->cols, panel + t * job->panel_stride);
-        billm_pool_run(gemm_task, job, (w->rows + job->isa->tile_rows - 1) / job->isa->tile_rows);
+    const size_t tasks = cut_rows(job, job->isa->tile_rows);
+    for (; job->first_token < count; job->first_token += job->tokens) {
+        pack_panel(job, billm_min(most, count - job->first_token), panel, scales);
+        billm_pool_run(gemm_task, job, tasks);
     }
     return 0;
 }
 
-int billm_linear(const struct billm_weight *weight, const struct billm_tokens *x, const struct billm_epilogue *epilogue,
-                 float *out) {
-    struct job job = {.weight = weight, .x = x, .epilogue = epilogue, .out = out};
-    if (!x->count || !weight->rows)
+int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x) {
+    struct job job = {.isa = billm_isa_in_turn(), .products = products, .count = count, .x = x};
+    if (!x->count)
         return 0;
+    return x->count == 1 ? run_gemv(&job) : run_gemm(&job);
+}
+
+int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x) {
     billm_pool_lock();
-    job.isa = current();
-    int failed = x->count == 1 ? run_gemv(&job) : run_gemm(&job);
+    int failed = billm_products_in_turn(products, count, x);
     billm_pool_unlock();
     return failed;
 }
@@ -269,7 +306,8 @@ struct quantize_job {
     const struct billm_isa *isa;
     const float *x, *col_scale;
     size_t tokens, tokens_per_task, cols, block, blocks;
-    int8_t *values;
+    int bits;
+    int16_t *values;
     float *scales;
 };
 
@@ -277,18 +315,26 @@ static void quantize_task(void *context, size_t index) {
     const struct quantize_job *job = context;
     size_t token = index * job->tokens_per_task, end = billm_min(token + job->tokens_per_task, job->tokens);
     for (; token < end; token++)
-        job->isa->quantize(job->x + token * job->cols, job->col_scale, job->cols, job->block,
+        job->isa->quantize(job->x + token * job->cols, job->col_scale, job->cols, job->block, job->bits,
                            job->values + token * job->cols, job->scales + token * job->blocks);
 }
 
-int billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int8_t *values,
-                   float *scales) {
-    struct quantize_job job = {NULL, x,     col_scale, tokens, 1 + (WEIGHTS_PER_TASK - 1) / cols,
-                               cols, block, 0,         values, scales};
+void billm_quantize_in_turn(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
+                            int16_t *values, float *scales) {
+    struct quantize_job job = {.isa = billm_isa_in_turn(), .x = x, .col_scale = col_scale, .tokens = tokens};
+    job.tokens_per_task = 1 + (WEIGHTS_PER_TASK - 1) / cols;
+    job.cols = cols;
+    job.block = block;
     job.blocks = (cols + block - 1) / block;
-    billm_pool_lock();
-    job.isa = current();
+    job.bits = bits;
+    job.values = values;
+    job.scales = scales;
     billm_pool_run(quantize_task, &job, (tokens + job.tokens_per_task - 1) / job.tokens_per_task);
+}
+
+void billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
+                    int16_t *values, float *scales) {
+    billm_pool_lock();
+    billm_quantize_in_turn(x, col_scale, tokens, cols, block, bits, values, scales);
     billm_pool_unlock();
-    return 0;
 }

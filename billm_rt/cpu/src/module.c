@@ -1,10 +1,5 @@
 /* The Python extension: checks every buffer (format, contiguity, shape), then computes without the interpreter lock. */
-#define Py_LIMITED_API 0x030b0000
-#include <Python.h>
-
-#include "kernels.h"
-
-enum { MAX_SIZE = 1 << 24 };
+#include "binding.h"
 
 /* ---- checks ---- */
 
@@ -25,9 +20,8 @@ static void describe(char *text, size_t size, int ndim, const Py_ssize_t *shape)
     PyOS_snprintf(text + used, size - used, "]");
 }
 
-/* Take a C-contiguous buffer of one of `formats` (a letter each) and exactly `shape`; where that is -1, fill it in. */
-static int take(PyObject *object, const char *name, const char *formats, int ndim, Py_ssize_t *shape, int writable,
-                Py_buffer *view) {
+int billm_take(PyObject *object, const char *name, const char *formats, int ndim, Py_ssize_t *shape, int writable,
+               Py_buffer *view) {
     int flags = PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0);
     if (PyObject_GetBuffer(object, view, flags)) {
         if (PyErr_ExceptionMatches(PyExc_ValueError) || PyErr_ExceptionMatches(PyExc_BufferError)) {
@@ -59,21 +53,28 @@ static int take(PyObject *object, const char *name, const char *formats, int ndi
     return 0;
 }
 
-static int check_size(const char *name, Py_ssize_t value) {
-    if (value >= 1 && value <= MAX_SIZE)
+int billm_check_size(const char *name, Py_ssize_t value) {
+    if (value >= 1 && value <= BILLM_MAX_SIZE)
         return 0;
-    PyErr_Format(PyExc_ValueError, "%s: wanted 1 to %d, found %zd", name, MAX_SIZE, value);
+    PyErr_Format(PyExc_ValueError, "%s: wanted 1 to %d, found %zd", name, BILLM_MAX_SIZE, value);
     return -1;
 }
 
-static int check_block(Py_ssize_t block) {
+int billm_check_block(Py_ssize_t block) {
     if (block == 32 || block == 64 || block == 128 || block == 256)
         return 0;
     PyErr_Format(PyExc_ValueError, "block: wanted 32, 64, 128 or 256, found %zd", block);
     return -1;
 }
 
-static void release(Py_buffer *views, size_t count) {
+int billm_check_bits(int bits) {
+    if (bits == 8 || bits == 16)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "activation bits: wanted 8 or 16, found %d", bits);
+    return -1;
+}
+
+void billm_release(Py_buffer *views, size_t count) {
     for (size_t i = 0; i < count; i++)
         if (views[i].obj)
             PyBuffer_Release(&views[i]);
@@ -88,23 +89,25 @@ static size_t blocks_of(size_t cols, size_t block) {
 enum { X, X_SCALE, OUT, ROW_SCALE, OPERANDS };
 
 /* Check the activations and the output against the weight, and multiply. `views` is the caller's to release. */
-static PyObject *product(const struct billm_weight *weight, struct billm_epilogue *epilogue, PyObject *x,
-                         PyObject *x_scale, PyObject *out, Py_buffer *views) {
+static PyObject *multiply(const struct billm_weight *weight, const struct billm_epilogue *epilogue, PyObject *x,
+                          PyObject *x_scale, int bits, PyObject *out, Py_buffer *views) {
     Py_ssize_t x_shape[2] = {-1, (Py_ssize_t)weight->cols};
-    if (take(x, "x.values", "b", 2, x_shape, 0, &views[X]))
+    if (billm_check_bits(bits) || billm_take(x, "x.values", "h", 2, x_shape, 0, &views[X]))
         return NULL;
     Py_ssize_t scale_shape[2] = {x_shape[0], (Py_ssize_t)weight->blocks};
     Py_ssize_t out_shape[2] = {x_shape[0], (Py_ssize_t)weight->rows};
-    if (take(x_scale, "x.scales", "f", 2, scale_shape, 0, &views[X_SCALE]) ||
-        take(out, "out", "f", 2, out_shape, 1, &views[OUT]))
+    if (billm_take(x_scale, "x.scales", "f", 2, scale_shape, 0, &views[X_SCALE]) ||
+        billm_take(out, "out", "f", 2, out_shape, 1, &views[OUT]))
         return NULL;
-    if ((uintptr_t)views[X_SCALE].buf % sizeof(float) || (uintptr_t)views[OUT].buf % sizeof(float)) {
-        PyErr_SetString(PyExc_ValueError, "x.scales, out: wanted memory aligned to 4 bytes");
+    if ((uintptr_t)views[X].buf % sizeof(int16_t) || (uintptr_t)views[X_SCALE].buf % sizeof(float) ||
+        (uintptr_t)views[OUT].buf % sizeof(float)) {
+        PyErr_SetString(PyExc_ValueError, "x.values, x.scales, out: wanted aligned memory");
         return NULL;
     }
-    struct billm_tokens tokens = {views[X].buf, views[X_SCALE].buf, (size_t)x_shape[0]};
+    struct billm_tokens tokens = {views[X].buf, views[X_SCALE].buf, (size_t)x_shape[0], bits};
+    struct billm_product product = {weight, *epilogue, views[OUT].buf, weight->rows, 0};
     int failed;
-    Py_BEGIN_ALLOW_THREADS failed = billm_linear(weight, &tokens, epilogue, views[OUT].buf);
+    Py_BEGIN_ALLOW_THREADS failed = billm_products(&product, 1, &tokens);
     Py_END_ALLOW_THREADS if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
@@ -124,12 +127,12 @@ static int take_weight(struct binary_linear *self, PyObject *const tensors[TENSO
     Py_ssize_t rows = (Py_ssize_t)w->rows, stride = (Py_ssize_t)w->stride, blocks = (Py_ssize_t)w->blocks;
     Py_ssize_t plane[2] = {rows, stride}, column[1] = {stride}, scales[3] = {rows, blocks, 4}, vector[1] = {rows};
     Py_buffer *views = self->views;
-    if (take(tensors[SIGN], "sign", "B", 2, plane, 0, &views[SIGN]) ||
-        take(tensors[SECOND], "second", "B", 2, plane, 0, &views[SECOND]) ||
-        take(tensors[SALIENT], "salient", "B", 1, column, 0, &views[SALIENT]) ||
-        take(tensors[SCALES], "scales", "B", 3, scales, 0, &views[SCALES]) ||
-        take(tensors[SCALE], "row_scale", "ef", 1, vector, 0, &views[SCALE]) ||
-        (tensors[BIAS] != Py_None && take(tensors[BIAS], "bias", "f", 1, vector, 0, &views[BIAS])))
+    if (billm_take(tensors[SIGN], "sign", "B", 2, plane, 0, &views[SIGN]) ||
+        billm_take(tensors[SECOND], "second", "B", 2, plane, 0, &views[SECOND]) ||
+        billm_take(tensors[SALIENT], "salient", "B", 1, column, 0, &views[SALIENT]) ||
+        billm_take(tensors[SCALES], "scales", "B", 3, scales, 0, &views[SCALES]) ||
+        billm_take(tensors[SCALE], "row_scale", "ef", 1, vector, 0, &views[SCALE]) ||
+        (tensors[BIAS] != Py_None && billm_take(tensors[BIAS], "bias", "f", 1, vector, 0, &views[BIAS])))
         return -1;
     w->sign = views[SIGN].buf;
     w->second = views[SECOND].buf;
@@ -148,7 +151,7 @@ static PyObject *binary_linear_new(PyTypeObject *type, PyObject *args, PyObject 
     }
     if (!PyArg_ParseTuple(args, "OOOOOOnnn:BinaryLinear", &t[SIGN], &t[SECOND], &t[SALIENT], &t[SCALES], &t[SCALE],
                           &t[BIAS], &rows, &cols, &block) ||
-        check_size("rows", rows) || check_size("cols", cols) || check_block(block))
+        billm_check_size("rows", rows) || billm_check_size("cols", cols) || billm_check_block(block))
         return NULL;
     struct binary_linear *self = (struct binary_linear *)PyType_GenericAlloc(type, 0); /* zeroed */
     if (!self)
@@ -166,34 +169,37 @@ static PyObject *binary_linear_new(PyTypeObject *type, PyObject *args, PyObject 
 static void binary_linear_dealloc(PyObject *object) {
     struct binary_linear *self = (struct binary_linear *)object;
     PyTypeObject *type = Py_TYPE(object);
-    release(self->views, TENSORS);
+    billm_release(self->views, TENSORS);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF((PyObject *)type);
 }
 
 static PyObject *binary_linear_multiply(PyObject *object, PyObject *const *args, Py_ssize_t count) {
     const struct binary_linear *self = (const struct binary_linear *)object;
-    if (count != 4)
-        return PyErr_Format(PyExc_TypeError, "multiply: wanted 4 arguments, found %zd", count);
+    if (count != 5)
+        return PyErr_Format(PyExc_TypeError, "multiply: wanted 5 arguments, found %zd", count);
+    const long bits = PyLong_AsLong(args[2]);
+    if (PyErr_Occurred())
+        return NULL;
     Py_buffer views[OPERANDS] = {0};
     struct billm_epilogue epilogue = self->epilogue;
-    if (args[3] != Py_None) {
+    if (args[4] != Py_None) {
         Py_ssize_t shape[1] = {(Py_ssize_t)self->weight.rows};
-        if (take(args[3], "row_scale", "f", 1, shape, 0, &views[ROW_SCALE])) {
-            release(views, OPERANDS);
+        if (billm_take(args[4], "row_scale", "f", 1, shape, 0, &views[ROW_SCALE])) {
+            billm_release(views, OPERANDS);
             return NULL;
         }
         epilogue.scale = views[ROW_SCALE].buf;
         epilogue.scale_is_half = 0;
     }
-    PyObject *result = product(&self->weight, &epilogue, args[0], args[1], args[2], views);
-    release(views, OPERANDS);
+    PyObject *result = multiply(&self->weight, &epilogue, args[0], args[1], (int)bits, args[3], views);
+    billm_release(views, OPERANDS);
     return result;
 }
 
 static PyMethodDef binary_linear_methods[] = {
     {"multiply", (PyCFunction)(void (*)(void))binary_linear_multiply, METH_FASTCALL,
-     "multiply(values, x_scales, out, row_scale or None): write out [tokens, rows]"},
+     "multiply(values, x_scales, bits, out, row_scale or None): write out [tokens, rows]"},
     {NULL, NULL, 0, NULL},
 };
 
@@ -203,6 +209,18 @@ static PyType_Slot binary_linear_slots[] = {
     {Py_tp_methods, binary_linear_methods},
     {0, NULL},
 };
+
+static PyObject *binary_linear_type; /* for billm_product_of */
+
+int billm_product_of(PyObject *object, struct billm_product *product) {
+    if (!PyObject_TypeCheck(object, (PyTypeObject *)binary_linear_type)) {
+        PyErr_SetString(PyExc_TypeError, "wanted a BinaryLinear");
+        return -1;
+    }
+    const struct binary_linear *self = (const struct binary_linear *)object;
+    *product = (struct billm_product){.weight = &self->weight, .epilogue = self->epilogue};
+    return 0;
+}
 
 static PyType_Spec binary_linear_spec = {
     .name = "billm_rt.cpu._native.BinaryLinear",
@@ -217,43 +235,44 @@ static PyObject *int8_linear(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *weight, *scale, *x, *x_scale, *out;
     Py_ssize_t block;
-    if (!PyArg_ParseTuple(args, "OOOOnO:int8_linear", &weight, &scale, &x, &x_scale, &block, &out) ||
-        check_block(block))
+    int bits;
+    if (!PyArg_ParseTuple(args, "OOOOniO:int8_linear", &weight, &scale, &x, &x_scale, &block, &bits, &out) ||
+        billm_check_block(block))
         return NULL;
     Py_buffer tensors[2] = {0}, views[OPERANDS] = {0};
     Py_ssize_t shape[2] = {-1, -1};
     PyObject *result = NULL;
-    if (!take(weight, "weight", "b", 2, shape, 0, &tensors[0]) &&
-        !take(scale, "scale", "ef", 1, shape, 0, &tensors[1]) && !check_size("rows", shape[0]) &&
-        !check_size("cols", shape[1])) {
+    if (!billm_take(weight, "weight", "b", 2, shape, 0, &tensors[0]) &&
+        !billm_take(scale, "scale", "ef", 1, shape, 0, &tensors[1]) && !billm_check_size("rows", shape[0]) &&
+        !billm_check_size("cols", shape[1])) {
         struct billm_weight w = {.rows = (size_t)shape[0], .cols = (size_t)shape[1], .block = (size_t)block};
         w.stride = w.cols;
         w.blocks = blocks_of(w.cols, w.block);
         w.values = tensors[0].buf;
         struct billm_epilogue epilogue = {tensors[1].buf, tensors[1].itemsize == 2, NULL};
-        result = product(&w, &epilogue, x, x_scale, out, views);
+        result = multiply(&w, &epilogue, x, x_scale, bits, out, views);
     }
-    release(views, OPERANDS);
-    release(tensors, 2);
+    billm_release(views, OPERANDS);
+    billm_release(tensors, 2);
     return result;
 }
 
-static PyObject *quantize_checked(PyObject *const objects[4], Py_ssize_t block, Py_buffer *views) {
+static PyObject *quantize_checked(PyObject *const objects[4], Py_ssize_t block, int bits, Py_buffer *views) {
     Py_ssize_t shape[2] = {-1, -1};
-    if (take(objects[0], "x", "f", 2, shape, 0, &views[0]) || check_size("cols", shape[1]))
+    if (billm_take(objects[0], "x", "f", 2, shape, 0, &views[0]) || billm_check_size("cols", shape[1]))
         return NULL;
     size_t cols = (size_t)shape[1];
     Py_ssize_t scales_shape[2] = {shape[0], (Py_ssize_t)blocks_of(cols, (size_t)block)};
-    if ((objects[1] != Py_None && take(objects[1], "col_scale", "f", 1, &shape[1], 0, &views[1])) ||
-        take(objects[2], "values", "b", 2, shape, 1, &views[2]) ||
-        take(objects[3], "scales", "f", 2, scales_shape, 1, &views[3]))
+    if ((objects[1] != Py_None && billm_take(objects[1], "col_scale", "f", 1, &shape[1], 0, &views[1])) ||
+        billm_take(objects[2], "values", "h", 2, shape, 1, &views[2]) ||
+        billm_take(objects[3], "scales", "f", 2, scales_shape, 1, &views[3]))
         return NULL;
     for (int i = 0; i < 4; i++)
-        if (i != 2 && (uintptr_t)views[i].buf % sizeof(float)) {
-            PyErr_SetString(PyExc_ValueError, "x, col_scale, scales: wanted memory aligned to 4 bytes");
+        if ((uintptr_t)views[i].buf % (i == 2 ? sizeof(int16_t) : sizeof(float))) {
+            PyErr_SetString(PyExc_ValueError, "x, col_scale, values, scales: wanted aligned memory");
             return NULL;
         }
-    Py_BEGIN_ALLOW_THREADS billm_quantize(views[0].buf, views[1].buf, (size_t)shape[0], cols, (size_t)block,
+    Py_BEGIN_ALLOW_THREADS billm_quantize(views[0].buf, views[1].buf, (size_t)shape[0], cols, (size_t)block, bits,
                                           views[2].buf, views[3].buf);
     Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
@@ -262,12 +281,13 @@ static PyObject *quantize(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *objects[4];
     Py_ssize_t block;
-    if (!PyArg_ParseTuple(args, "OOnOO:quantize", &objects[0], &objects[1], &block, &objects[2], &objects[3]) ||
-        check_block(block))
+    int bits;
+    if (!PyArg_ParseTuple(args, "OOniOO:quantize", &objects[0], &objects[1], &block, &bits, &objects[2], &objects[3]) ||
+        billm_check_block(block) || billm_check_bits(bits))
         return NULL;
     Py_buffer views[4] = {0};
-    PyObject *result = quantize_checked(objects, block, views);
-    release(views, 4);
+    PyObject *result = quantize_checked(objects, block, bits, views);
+    billm_release(views, 4);
     return result;
 }
 
@@ -317,8 +337,8 @@ static PyObject *threads(PyObject *module, PyObject *unused) {
 }
 
 static PyMethodDef methods[] = {
-    {"int8_linear", int8_linear, METH_VARARGS, "int8_linear(weight, scale, values, x_scales, block, out)"},
-    {"quantize", quantize, METH_VARARGS, "quantize(x, col_scale or None, block, values, scales)"},
+    {"int8_linear", int8_linear, METH_VARARGS, "int8_linear(weight, scale, values, x_scales, block, bits, out)"},
+    {"quantize", quantize, METH_VARARGS, "quantize(x, col_scale or None, block, bits, values, scales)"},
     {"isa", isa, METH_NOARGS, "Return the name of the instruction set in use."},
     {"supported_isas", supported_isas, METH_NOARGS, "Return the names of those this machine can run, best first."},
     {"select_isa", select_isa, METH_VARARGS, "Use the instruction set of this name."},
@@ -329,8 +349,9 @@ static PyMethodDef methods[] = {
 
 static int execute(PyObject *module) {
     PyObject *type = PyType_FromSpec(&binary_linear_spec);
-    int failed = !type || PyModule_AddObjectRef(module, "BinaryLinear", type);
-    Py_XDECREF(type);
+    int failed = !type || PyModule_AddObjectRef(module, "BinaryLinear", type) || billm_add_decoder(module);
+    Py_XDECREF(binary_linear_type);
+    binary_linear_type = type;
     return failed ? -1 : 0;
 }
 

@@ -3,12 +3,13 @@
  * Decoding is the algebra that x86.h explains, with slabs of 128 columns. For prompts a level, up to 255, becomes two
  * signed bytes: level = 2 high + low, |high| <= 127, |low| <= 1.
  */
-#include "kernels.h"
+#include "decoder.h"
 
 #include <arm_neon.h>
 
-static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
-    billm_quantize_token(x, col_scale, cols, block, values, scales);
+static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+                     float *scales) {
+    billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
 /* acc + scale * sum, two roundings. */
@@ -45,8 +46,13 @@ struct slab {
     int32_t plain_sums[4], salient_sums[4]; /* per unit */
 };
 
+/* The slabs of the low parts of the activations, then those of the high parts. */
+static size_t slabs(const struct billm_weight *w) {
+    return (w->cols + SLAB_COLS - 1) / SLAB_COLS;
+}
+
 static size_t prepared_bytes(const struct billm_weight *w) {
-    return (w->cols + SLAB_COLS - 1) / SLAB_COLS * sizeof(struct slab);
+    return 2 * slabs(w) * sizeof(struct slab);
 }
 
 static void prepare_slab(const int8_t *x, const uint8_t *salient_plane, struct slab *slab) {
@@ -67,15 +73,21 @@ static void prepare_slab(const int8_t *x, const uint8_t *salient_plane, struct s
     vst1q_s32(slab->salient_sums, salient_sum);
 }
 
-static void prepare(const struct billm_weight *w, const int8_t *x, void *prepared) {
-    struct slab *slab = prepared;
-    for (size_t col = 0; col < w->cols; col += SLAB_COLS, slab++) {
-        int8_t values[SLAB_COLS] = {0};
+static void prepare(const struct billm_weight *w, const int16_t *x, int bits, void *prepared) {
+    struct slab *low = prepared, *high = low + slabs(w);
+    for (size_t col = 0; col < w->cols; col += SLAB_COLS, low++, high++) {
+        int8_t parts[2][SLAB_COLS] = {{0}};
         uint8_t salient[SLAB_COLS / 8] = {0};
-        memcpy(values, x + col, billm_min(SLAB_COLS, w->cols - col));
+        billm_split(x + col, billm_min(SLAB_COLS, w->cols - col), parts[1], parts[0]);
         memcpy(salient, w->salient + col / 8, billm_min(SLAB_COLS / 8, w->stride - col / 8));
-        prepare_slab(values, salient, slab);
+        prepare_slab(parts[0], salient, low);
+        if (bits > 8)
+            prepare_slab(parts[1], salient, high);
     }
+}
+
+static inline int32x4_t both(int32x4_t low, int32x4_t high) {
+    return vmlaq_n_s32(low, high, BILLM_BASE);
 }
 
 /* sum(level * x) of each unit of a slab, from 16 bytes of both planes and the magnitudes of each unit's block. */
@@ -115,21 +127,25 @@ static inline uint8x16_t load_words(const uint8_t *from, size_t words) {
     return vld1q_u8(bytes);
 }
 
-static inline int32x4_t row_sums(const struct billm_weight *w, size_t row, size_t unit, const struct slab *slab) {
+/* `high`: slabs from that of the low parts to that of the high parts; 0: there are none. */
+static inline int32x4_t row_sums(const struct billm_weight *w, size_t row, size_t unit, const struct slab *slab,
+                                 size_t high) {
     const uint8_t *scales = w->scales + 4 * row * w->blocks;
     const size_t units_per_block = w->block / BILLM_UNIT, left = w->stride / 4 - unit;
     uint32_t words[SLAB_UNITS];
     for (size_t i = 0; i < SLAB_UNITS; i++)
         words[i] = billm_load32(scales + 4 * billm_min((unit + i) / units_per_block, w->blocks - 1));
     size_t at = row * w->stride + 4 * unit;
-    return unit_sums(load_words(w->sign + at, left), load_words(w->second + at, left), slab,
-                     magnitudes_of(vld1q_u32(words)));
+    uint8x16_t sign = load_words(w->sign + at, left), second = load_words(w->second + at, left);
+    uint8x16_t magnitudes = magnitudes_of(vld1q_u32(words));
+    int32x4_t low = unit_sums(sign, second, slab, magnitudes);
+    return high ? both(low, unit_sums(sign, second, slab + high, magnitudes)) : low;
 }
 
 /* Four rows at a time, so that a lane of the running sums is a row. */
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
+static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
                         size_t end, float *acc) {
-    const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4;
+    const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4, high = bits > 8 ? slabs(w) : 0;
     for (; row < end; row += 4) {
         size_t rows = billm_min(4, end - row), unit = 0, block = 0;
         float32x4_t total = vdupq_n_f32(0.0f);
@@ -137,7 +153,7 @@ static void binary_gemv(const struct billm_weight *w, const void *prepared, cons
         for (const struct slab *slab = prepared; unit < units; slab++) {
             int32x4_t sums[4];
             for (size_t r = 0; r < 4; r++) /* a short group repeats its last row */
-                sums[r] = row_sums(w, row + billm_min(r, rows - 1), unit, slab);
+                sums[r] = row_sums(w, row + billm_min(r, rows - 1), unit, slab, high);
             transpose4(sums);
             for (size_t i = 0, left = units - unit; i < billm_min(SLAB_UNITS, left); i++) {
                 sum = vaddq_s32(sum, sums[i]);
@@ -160,10 +176,17 @@ static int8x16_t load_start(const int8_t *from, size_t count) {
     return vld1q_s8(values);
 }
 
-static void int8_gemv(const struct billm_weight *w, const int8_t *x, const float *x_scale, size_t row, size_t end,
+static inline int32x4_t dot16(int32x4_t sum, int8x16_t weight, const int16_t *x) {
+    int16x8_t low = vmovl_s8(vget_low_s8(weight)), high = vmovl_high_s8(weight), a = vld1q_s16(x), b = vld1q_s16(x + 8);
+    sum = vmlal_high_s16(vmlal_s16(sum, vget_low_s16(low), vget_low_s16(a)), low, a);
+    return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(high), vget_low_s16(b)), high, b);
+}
+
+static void int8_gemv(const struct billm_weight *w, const int16_t *x, const float *x_scale, size_t row, size_t end,
                       float *acc) {
     const size_t whole = w->cols / 16 * 16, rest = w->cols - whole;
-    const int8x16_t last = load_start(x + whole, rest);
+    int16_t last[16] = {0};
+    memcpy(last, x + whole, rest * sizeof *x);
     for (; row < end; row += 4) {
         size_t rows = billm_min(4, end - row);
         float32x4_t total = vdupq_n_f32(0.0f);
@@ -174,9 +197,9 @@ static void int8_gemv(const struct billm_weight *w, const int8_t *x, const float
                 const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
                 sums[r] = vdupq_n_s32(0);
                 for (size_t j = col; j < stop; j += 16)
-                    sums[r] = vdotq_s32(sums[r], vld1q_s8(values + j), vld1q_s8(x + j));
+                    sums[r] = dot16(sums[r], vld1q_s8(values + j), x + j);
                 if (rest && b + 1 == w->blocks)
-                    sums[r] = vdotq_s32(sums[r], load_start(values + whole, rest), last);
+                    sums[r] = dot16(sums[r], load_start(values + whole, rest), last);
             }
             int32x4_t sum = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
             total = step(total, x_scale[b], sum);
@@ -188,7 +211,7 @@ static void int8_gemv(const struct billm_weight *w, const int8_t *x, const float
     }
 }
 
-/* ---- prompts: a tile is int8 [cols / 4][high, low][8 rows][4], a packed token int8 [cols] ---- */
+/* ---- prompts: a tile is int8 [cols / 4][high, low][8 rows][4], a packed token int8 [cols / 32][low, high][32] ---- */
 
 enum { TILE_ROWS = 8, QUAD_BYTES = 2 * TILE_ROWS * 4 };
 
@@ -264,9 +287,11 @@ static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, siz
     }
 }
 
-static void pack(const int8_t *x, size_t cols, void *packed) {
-    memset(packed, 0, billm_round_up(cols, BILLM_UNIT));
-    memcpy(packed, x, cols);
+static void pack(const int16_t *x, size_t cols, void *packed) {
+    int8_t *out = packed;
+    memset(out, 0, 2 * billm_round_up(cols, BILLM_UNIT));
+    for (size_t j = 0; j < cols; j += BILLM_UNIT)
+        billm_split(x + j, billm_min(BILLM_UNIT, cols - j), out + 2 * j + BILLM_UNIT, out + 2 * j);
 }
 
 /* One quad of columns, four tokens: high (h) and low (l) sums of rows 0..3 (0) and 4..7 (1). */
@@ -282,6 +307,7 @@ static void pack(const int8_t *x, size_t cols, void *packed) {
         }                                                                                                              \
     } while (0)
 
+/* `x` is the first unit of either part. */
 static void multiply_block(const int8_t *tile, size_t cols, const int8_t *x, size_t x_stride,
                            int32x4_t sums[BILLM_TOKEN_STEP][2]) {
     int32x4_t h0[BILLM_TOKEN_STEP], h1[BILLM_TOKEN_STEP], l0[BILLM_TOKEN_STEP], l1[BILLM_TOKEN_STEP];
@@ -290,7 +316,7 @@ static void multiply_block(const int8_t *tile, size_t cols, const int8_t *x, siz
     for (size_t j = 0; j < cols; j += 16, tile += 4 * QUAD_BYTES) {
         int8x16_t value[BILLM_TOKEN_STEP];
         for (size_t t = 0; t < BILLM_TOKEN_STEP; t++)
-            value[t] = vld1q_s8(x + t * x_stride + j);
+            value[t] = vld1q_s8(x + t * x_stride + j / BILLM_UNIT * 2 * BILLM_UNIT + j % BILLM_UNIT);
         QUAD(0);
         QUAD(1);
         QUAD(2);
@@ -302,17 +328,22 @@ static void multiply_block(const int8_t *tile, size_t cols, const int8_t *x, siz
     }
 }
 
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
-                     size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
+                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
     for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
         for (size_t b = 0, col = 0; col < cols; b++, col += block) {
-            int32x4_t sums[BILLM_TOKEN_STEP][2];
-            multiply_block((const int8_t *)tile + col / 4 * QUAD_BYTES, billm_min(block, cols - col),
-                           (const int8_t *)x + t * x_stride + col, x_stride, sums);
+            const int8_t *levels = (const int8_t *)tile + col / 4 * QUAD_BYTES;
+            const int8_t *low = (const int8_t *)x + t * x_stride + 2 * col;
+            int32x4_t sums[BILLM_TOKEN_STEP][2], high[BILLM_TOKEN_STEP][2] = {{vdupq_n_s32(0)}};
+            multiply_block(levels, billm_min(block, cols - col), low, x_stride, sums);
+            if (bits > 8)
+                multiply_block(levels, billm_min(block, cols - col), low + BILLM_UNIT, x_stride, high);
             for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
                 float scale = x_scale[(t + i) * scale_stride + b], *to = acc + i * TILE_ROWS;
-                vst1q_f32(to, step(vld1q_f32(to), scale, sums[i][0]));
-                vst1q_f32(to + 4, step(vld1q_f32(to + 4), scale, sums[i][1]));
+                for (size_t half = 0; half < 2; half++) {
+                    int32x4_t sum = bits > 8 ? both(sums[i][half], high[i][half]) : sums[i][half];
+                    vst1q_f32(to + 4 * half, step(vld1q_f32(to + 4 * half), scale, sum));
+                }
             }
         }
     }
@@ -321,7 +352,6 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_neon = {
     .name = "neon-dotprod",
     .tile_rows = TILE_ROWS,
-    .packed_bytes = sizeof(int8_t),
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
@@ -331,4 +361,5 @@ const struct billm_isa billm_neon = {
     .int8_tile = int8_tile,
     .pack = pack,
     .multiply = multiply,
+    .floats = &billm_float_neon,
 };

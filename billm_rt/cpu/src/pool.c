@@ -12,7 +12,11 @@
 #include <stdatomic.h>
 #include <time.h>
 
-enum { MAX_THREADS = 256, SPIN_NANOSECONDS = 100000 };
+enum {
+    MAX_THREADS = 256,
+    SPIN_NANOSECONDS = 100000,
+    STACK_BYTES = 1 << 20 /* an attention task takes a quarter of it; some systems would give a thread less */
+};
 #define NO_TASK 0xffffffffu
 
 static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* who may run tasks and change the workers */
@@ -124,15 +128,20 @@ static void after_fork_in_child(void) {
 /* Start what is missing. Fewer threads than wanted are no error: the caller takes the tasks that nobody else does. */
 static void start_workers(void) {
     sigset_t all, before;
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes))
+        return;
+    pthread_attr_setstacksize(&attributes, STACK_BYTES);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to the program's own threads */
     uint32_t epoch = (uint32_t)(atomic_load(&ticket) >> 32);
     while (workers < atomic_load(&wanted_threads) - 1) {
-        if (pthread_create(&worker_ids[workers], NULL, worker, (void *)(uintptr_t)epoch))
+        if (pthread_create(&worker_ids[workers], &attributes, worker, (void *)(uintptr_t)epoch))
             break;
         workers++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
 }
 
 static void wait_until_done(size_t count) {

@@ -1,5 +1,5 @@
 /* Plain C: runs everywhere, and says in the plainest way what every other file must compute. */
-#include "kernels.h"
+#include "decoder.h"
 
 /* Write the levels of columns col .. col + count (within one block) of a row; col is a multiple of 32. */
 static void decode_block(const struct billm_weight *w, size_t row, size_t col, size_t count, int16_t *out) {
@@ -17,21 +17,24 @@ static void decode_block(const struct billm_weight *w, size_t row, size_t col, s
     }
 }
 
-static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
-    billm_quantize_token(x, col_scale, cols, block, values, scales);
+static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+                     float *scales) {
+    billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
 static size_t prepared_bytes(const struct billm_weight *w) {
-    return w->cols;
+    return w->cols * sizeof(int16_t);
 }
 
-static void prepare(const struct billm_weight *w, const int8_t *x, void *prepared) {
-    memcpy(prepared, x, w->cols);
+static void prepare(const struct billm_weight *w, const int16_t *x, int bits, void *prepared) {
+    (void)bits;
+    memcpy(prepared, x, w->cols * sizeof *x);
 }
 
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
+static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
                         size_t end, float *acc) {
-    const int8_t *x = prepared;
+    const int16_t *x = prepared;
+    (void)bits;
     for (; row < end; row++) {
         float total = 0.0f;
         for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
@@ -47,7 +50,7 @@ static void binary_gemv(const struct billm_weight *w, const void *prepared, cons
     }
 }
 
-static void int8_gemv(const struct billm_weight *w, const int8_t *x, const float *x_scale, size_t row, size_t end,
+static void int8_gemv(const struct billm_weight *w, const int16_t *x, const float *x_scale, size_t row, size_t end,
                       float *acc) {
     for (; row < end; row++) {
         const int8_t *values = w->values + row * w->stride;
@@ -82,15 +85,9 @@ static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, siz
             out[r * BILLM_TILE_COLS + j] = w->values[(row + r) * w->stride + col + j];
 }
 
-static void pack(const int8_t *x, size_t cols, void *packed) {
-    int16_t *out = packed;
-    memset(out, 0, billm_round_up(cols, BILLM_UNIT) * sizeof *out);
-    for (size_t j = 0; j < cols; j++)
-        out[j] = x[j];
-}
-
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
-                     size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
+                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    (void)bits;
     for (size_t t = 0; t < tokens; t++, acc += TILE_ROWS) {
         const int16_t *activation = (const void *)((const uint8_t *)x + t * x_stride);
         for (size_t r = 0; r < TILE_ROWS; r++) {
@@ -110,7 +107,6 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_portable = {
     .name = "portable",
     .tile_rows = TILE_ROWS,
-    .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
@@ -118,6 +114,7 @@ const struct billm_isa billm_portable = {
     .int8_gemv = int8_gemv,
     .binary_tile = binary_tile,
     .int8_tile = int8_tile,
-    .pack = pack,
+    .pack = billm_pack_int16,
     .multiply = multiply,
+    .floats = &billm_float_portable,
 };

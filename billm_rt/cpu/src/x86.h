@@ -15,7 +15,7 @@
 #ifndef BILLM_X86_H
 #define BILLM_X86_H
 
-#include "kernels.h"
+#include "decoder.h"
 
 #if defined(BILLM_SIMDE)
 /* AVX-512 emulated, for tests on machines without it. */
@@ -129,30 +129,31 @@ static inline void billm_prepare256(const int8_t *x, const uint8_t *salient_plan
     _mm256_storeu_si256((__m256i *)sums, _mm256_or_si256(plain_sum, salient_sum));
 }
 
-static inline size_t billm_prepared_bytes(const struct billm_weight *w) {
-    return (w->cols + 255) / 256 * sizeof(struct billm_slab);
+/* The slabs of the low parts of the activations, then those of the high parts. */
+static inline size_t billm_slabs(const struct billm_weight *w) {
+    return (w->cols + 255) / 256;
 }
 
-static inline void billm_prepare(const struct billm_weight *w, const int8_t *x, void *prepared) {
-    struct billm_slab *slab = prepared;
-    for (size_t col = 0; col < w->cols; col += 256, slab++) {
-        int8_t values[256];
-        uint8_t salient[32];
-        const int8_t *from = x + col;
-        const uint8_t *plane = w->salient + col / 8;
-        if (w->cols - col < 256) {
-            memset(values, 0, sizeof values);
-            memset(salient, 0, sizeof salient);
-            memcpy(values, from, w->cols - col);
-            memcpy(salient, plane, w->stride - col / 8);
-            if (w->stride - col / 8 <= 16) { /* a short slab lies there twice, so that it serves two rows at once */
-                memcpy(values + 128, values, 128);
-                memcpy(salient + 16, salient, 16);
-            }
-            from = values;
-            plane = salient;
+static inline size_t billm_prepared_bytes(const struct billm_weight *w) {
+    return 2 * billm_slabs(w) * sizeof(struct billm_slab);
+}
+
+static inline void billm_prepare(const struct billm_weight *w, const int16_t *x, int bits, void *prepared) {
+    struct billm_slab *low = prepared, *high = low + billm_slabs(w);
+    for (size_t col = 0; col < w->cols; col += 256, low++, high++) {
+        const size_t count = billm_min(256, w->cols - col), bytes = billm_min(32, w->stride - col / 8);
+        int8_t parts[2][256] = {{0}};
+        uint8_t salient[32] = {0};
+        billm_split(x + col, count, parts[1], parts[0]);
+        memcpy(salient, w->salient + col / 8, bytes);
+        if (bytes <= 16) { /* a short slab lies there twice, so that it serves two rows at once */
+            memcpy(parts[0] + 128, parts[0], 128);
+            memcpy(parts[1] + 128, parts[1], 128);
+            memcpy(salient + 16, salient, 16);
         }
-        billm_prepare256(from, plane, slab->plain[0], slab->salient[0], 32, slab->not_salient, slab->sums);
+        billm_prepare256(parts[0], salient, low->plain[0], low->salient[0], 32, low->not_salient, low->sums);
+        if (bits > 8)
+            billm_prepare256(parts[1], salient, high->plain[0], high->salient[0], 32, high->not_salient, high->sums);
     }
 }
 
@@ -165,7 +166,19 @@ typedef __m256i billm_unit_sums(__m256i sign, __m256i second, const struct billm
 struct billm_place {
     size_t unit, units, block, blocks;
     __m256i spread;
+    size_t high; /* slabs from that of the low parts to that of the high parts; 0: there are none */
 };
+
+/* The sums over low and high parts as one. */
+BILLM_INLINE __m256i billm_both_sums(__m256i sign, __m256i second, const struct billm_slab *slab, size_t high,
+                                     __m256i magnitudes, billm_unit_sums *unit_sums) {
+    __m256i sum = unit_sums(sign, second, slab, magnitudes);
+    if (high) {
+        __m256i part = unit_sums(sign, second, slab + high, magnitudes);
+        sum = _mm256_add_epi32(sum, _mm256_sub_epi32(_mm256_slli_epi32(part, 8), part));
+    }
+    return sum;
+}
 
 /* The sums of one row over a slab. */
 BILLM_INLINE __m256i billm_row_sums(const struct billm_weight *w, size_t row, struct billm_place at,
@@ -182,7 +195,7 @@ BILLM_INLINE __m256i billm_row_sums(const struct billm_weight *w, size_t row, st
         s = _mm256_maskload_epi32((const void *)sign, words);
         t = _mm256_maskload_epi32((const void *)second, words);
     }
-    return unit_sums(s, t, slab, magnitudes);
+    return billm_both_sums(s, t, slab, at.high, magnitudes, unit_sums);
 }
 
 /* `words` (at most 4) 32-bit words of two rows, side by side. */
@@ -200,9 +213,9 @@ BILLM_INLINE __m256i billm_pair_sums(const struct billm_weight *w, size_t row0, 
     __m256i packed = billm_load_pair(scales + 4 * row0 * w->blocks, scales + 4 * row1 * w->blocks, at.blocks);
     __m256i pair_spread = _mm256_add_epi32(_mm256_permute2x128_si256(at.spread, at.spread, 0x00),
                                            _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
-    return unit_sums(billm_load_pair(w->sign + plane0, w->sign + plane1, at.units),
-                     billm_load_pair(w->second + plane0, w->second + plane1, at.units), slab,
-                     billm_magnitudes(_mm256_permutevar8x32_epi32(packed, pair_spread)));
+    return billm_both_sums(billm_load_pair(w->sign + plane0, w->sign + plane1, at.units),
+                           billm_load_pair(w->second + plane0, w->second + plane1, at.units), slab, at.high,
+                           billm_magnitudes(_mm256_permutevar8x32_epi32(packed, pair_spread)), unit_sums);
 }
 
 /* The sums of `rows` rows (a short group repeats its last one) over a slab: lane i of sums[j] is row i, unit j. */
@@ -221,13 +234,14 @@ BILLM_INLINE void billm_group_sums(const struct billm_weight *w, size_t row, siz
 }
 
 /* acc[0 .. end - row) from the prepared token; eight rows at a time, so that a lane of the running sums is a row. */
-BILLM_INLINE void billm_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
-                             size_t end, float *acc, billm_unit_sums *unit_sums) {
+BILLM_INLINE void billm_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+                             size_t row, size_t end, float *acc, billm_unit_sums *unit_sums) {
     const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4;
     int32_t block_of_unit[8];
     for (size_t i = 0; i < 8; i++)
         block_of_unit[i] = (int32_t)(i / units_per_block);
-    struct billm_place at = {.spread = _mm256_loadu_si256((const __m256i *)block_of_unit)};
+    struct billm_place at = {.spread = _mm256_loadu_si256((const __m256i *)block_of_unit),
+                             .high = bits > 8 ? billm_slabs(w) : 0};
     for (; row < end; row += 8) {
         size_t rows = billm_min(8, end - row), block = 0;
         __m256 total = _mm256_setzero_ps();

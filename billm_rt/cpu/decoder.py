@@ -1,0 +1,67 @@
+"""All decoder layers in one native call: what `model.py` spells out, `src/decoder.c` does without the interpreter."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from billm_format.config import ModelConfig
+from billm_rt import cpu
+from billm_rt.backend import Array, Layer
+from billm_rt.cache import KVCache
+
+if TYPE_CHECKING:
+    from billm_rt.cpu import _native
+    from billm_rt.cpu_backend import Shared
+
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of `enum billm_activation`
+_MAX_HEAD_DIM = 256  # BILLM_MAX_WIDTH
+
+
+class NativeLayers:
+    """The layers of a model, checked once and run from the file's own memory."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[Layer], activation_bits: int) -> None:
+        from billm_rt.cpu import _native
+
+        self._count = len(layers)
+        self._decoder: _native.Decoder = _native.Decoder(
+            (
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                config.head_dim,
+                config.sliding_window or 0,
+            ),
+            config.norm_eps,
+            config.norm_position == "post",
+            config.gated_mlp,
+            _ACTIVATIONS.index(config.activation),
+            activation_bits,
+            tuple(_parts(layer) for layer in layers),
+        )
+
+    @staticmethod
+    def can_run(config: ModelConfig) -> bool:
+        """Return whether the native library is there and knows heads this wide."""
+        return cpu.available() and config.head_dim <= _MAX_HEAD_DIM
+
+    def run(self, x: Array, cache: KVCache, rotary: tuple[Array, Array] | None) -> None:
+        """Replace x float32 [tokens, hidden_size] by the last layer's output; write the cache, without committing."""
+        tokens = x.shape[0]
+        cos, sin = (None, None) if rotary is None else (part.reshape(tokens, -1) for part in rotary)
+        caches = cache.room_for(tokens)
+        # A text goes layer by layer, so that Ctrl-C is heard in between; a single token in one call.
+        step = self._count if tokens == 1 else 1
+        for first in range(0, self._count, step):
+            self._decoder.run(x, len(cache), cos, sin, first, caches[first : first + step])
+
+
+def _parts(layer: Layer) -> tuple[Any, ...]:
+    norms = (layer.attn_norm.weight, layer.attn_norm.bias, layer.mlp_norm.weight, layer.mlp_norm.bias)
+    groups = (layer.qkv, layer.o, layer.up, layer.down)
+    return *norms, layer.q_norm, layer.k_norm, *(tuple(map(_input, group)) for group in groups)
+
+
+def _input(shared: "Shared") -> tuple[int, Array | None, tuple[tuple[int, Any], ...]]:
+    members = tuple((place, cpu.native_linear(linear)) for place, linear in shared.members)
+    return shared.block, shared.col_scale, members

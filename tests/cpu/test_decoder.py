@@ -1,0 +1,189 @@
+"""The native decoder layers: against the same model op by op, against themselves cut and split otherwise, and refusals."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from random_model import FAMILIES, make_random_billm, tiny_config
+
+import billm_rt
+from billm_format.config import Quantization
+from billm_rt import cpu
+from billm_rt.cache import KVCache
+from billm_rt.cpu.decoder import NativeLayers
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the native CPU library is not built")
+
+CONTEXT = 300  # four blocks of keys and a ragged fifth
+# Both paths round activations to integers; a sum in another order tips one in a few hundred of them over.
+CLOSE = 2e-4
+
+
+@pytest.fixture(params=cpu.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine runs."""
+    before = cpu.isa()
+    cpu.select_isa(request.param)
+    yield request.param
+    cpu.select_isa(before)
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def path(request: pytest.FixtureRequest, tmp_path: Path, seed: int) -> Path:
+    """A tiny random file of each family; Linears that read one input do not all share its quantization."""
+    config = tiny_config(request.param, max_position_embeddings=CONTEXT)
+    quantization = Quantization(
+        block_size=32, overrides={"layers.0.k_proj": 64}, col_scales=("layers.0.v_proj", "layers.1.down_proj")
+    )
+    make_random_billm(tmp_path / "m.billm", config, quantization, seed)
+    return tmp_path / "m.billm"
+
+
+def _load(path: Path, **options: Any) -> billm_rt.Model:
+    return billm_rt.load(path, ctx=CONTEXT, **options)
+
+
+def _op_by_op(path: Path, monkeypatch: pytest.MonkeyPatch) -> billm_rt.Model:
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeLayers, "can_run", staticmethod(lambda config: False))
+        return _load(path)
+
+
+def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)))
+
+
+def test_layers_equal_the_loop_of_the_model(
+    isa: str, path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = rng.integers(0, 320, CONTEXT)
+    with _load(path) as model, _op_by_op(path, monkeypatch) as loop:
+        assert model.isa == isa
+        assert _difference(model.logits(tokens), loop.logits(tokens)) < CLOSE
+
+
+def test_tokens_one_by_one_in_chunks_and_after_a_cut_give_the_same_bits(
+    isa: str, path: Path, rng: np.random.Generator
+) -> None:
+    tokens = rng.integers(0, 320, CONTEXT)
+    with _load(path) as model:
+        wanted = model.logits(tokens)
+        cache = model.new_cache()
+        model.forward(rng.integers(0, 320, 217), cache)
+        cache.truncate(0)
+        parts = []
+        for start, stop in [(0, 1), (1, 60), (60, 61), (61, 128), (128, 130), (130, 299), (299, 300)]:
+            parts.append(model.forward(tokens[start:stop], cache, logits="all"))
+        assert np.array_equal(np.concatenate(parts), wanted)
+        cache.truncate(100)
+        one_by_one = [model.forward([token], cache) for token in tokens[100:]]
+        assert np.array_equal(np.concatenate(one_by_one), wanted[100:])
+
+
+def test_threads_change_nothing(path: Path, rng: np.random.Generator) -> None:
+    tokens = rng.integers(0, 320, 150)
+    before, results = cpu.threads(), []
+    for threads in (1, 2, 5):
+        with _load(path, threads=threads) as model:
+            cache = model.new_cache()
+            results.append([model.forward(tokens, cache, logits="all"), model.forward([7], cache)])
+    cpu.set_threads(before)
+    for found in results[1:]:
+        for a, b in zip(found, results[0], strict=True):
+            assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("width", [8, 16, 40, 64, 128, 256])
+def test_heads_of_every_width(isa: str, width: int, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven heads a group: rows by fours, and what is left over."""
+    config = tiny_config(head_dim=width, num_attention_heads=14, max_position_embeddings=CONTEXT)
+    make_random_billm(tmp_path / "m.billm", config, Quantization(block_size=128), seed)
+    tokens = np.random.default_rng(seed).integers(0, 320, 140)
+    with _load(tmp_path / "m.billm") as model, _op_by_op(tmp_path / "m.billm", monkeypatch) as loop:
+        assert _difference(model.logits(tokens), loop.logits(tokens)) < CLOSE
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_activations(
+    isa: str, activation: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(activation=activation, max_position_embeddings=CONTEXT)
+    make_random_billm(tmp_path / "m.billm", config, Quantization(block_size=32), seed)
+    with _load(tmp_path / "m.billm") as model, _op_by_op(tmp_path / "m.billm", monkeypatch) as loop:
+        assert _difference(model.logits(range(9)), loop.logits(range(9))) < CLOSE
+
+
+def test_a_damaged_norm_shows_as_not_a_number(tmp_path: Path, seed: int) -> None:
+    """Infinities must not pass as quiet zeros: the sampler refuses what is not a number."""
+    config = tiny_config(max_position_embeddings=CONTEXT)
+    huge = np.full(config.hidden_size, 3e38, np.float32)
+    make_random_billm(tmp_path / "m.billm", config, seed=seed, tensors={"layers.1.mlp_norm.weight": huge})
+    with _load(tmp_path / "m.billm") as model:
+        assert np.isnan(model.logits([1, 2, 3])).all()
+
+
+def test_wide_heads_take_the_loop(tmp_path: Path) -> None:
+    config = tiny_config(head_dim=264)
+    make_random_billm(tmp_path / "m.billm", config)
+    assert not NativeLayers.can_run(config)
+    with billm_rt.load(tmp_path / "m.billm") as model:
+        assert np.isfinite(model.logits([1, 2, 3])).all()
+
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """The native call and arguments that it takes."""
+    config = tiny_config()
+    make_random_billm(tmp_path / "m.billm", config)
+    with billm_rt.load(tmp_path / "m.billm") as model:
+        caches = KVCache(config, 64, np.int16).room_for(3)
+        arguments = {
+            "x": np.ones((3, 96), np.float32),
+            "start": 0,
+            "cos": np.ones((3, 8), np.float32),
+            "sin": np.zeros((3, 8), np.float32),
+            "first": 0,
+            "caches": caches,
+        }
+        layers = model._fused
+        assert isinstance(layers, NativeLayers)
+        decoder = layers._decoder
+        yield lambda **changes: decoder.run(*{**arguments, **changes}.values()), arguments
+        del decoder, layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"x": np.ones((3, 95), np.float32)}, ValueError),
+        ({"x": np.ones((3, 96))}, TypeError),
+        ({"x": np.ones((96, 3), np.float32).T}, ValueError),
+        ({"cos": None}, ValueError),
+        ({"cos": np.ones((2, 8), np.float32)}, ValueError),
+        ({"sin": np.ones((3, 8), np.float16)}, TypeError),
+        ({"start": -1}, ValueError),
+        ({"start": 62}, ValueError),
+        ({"start": "0"}, TypeError),
+        ({"first": 1}, ValueError),
+        ({"first": -1}, ValueError),
+        ({"caches": [1]}, TypeError),
+        ({"caches": (1,)}, TypeError),
+        ({"caches": ((np.zeros((2, 2, 8, 16), np.int16), np.zeros((2, 2, 8), np.float32)),)}, ValueError),
+        ({"caches": ((np.zeros((2, 2, 16, 15), np.int16), np.zeros((2, 2, 16), np.float32)),)}, ValueError),
+        ({"caches": ((np.zeros((2, 2, 16, 16), np.int16), np.zeros((2, 2, 32), np.float32)),)}, ValueError),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    run: tuple[Run, dict[str, Any]], changes: dict[str, Any], error: type[Exception]
+) -> None:
+    call, arguments = run
+    call()
+    before = arguments["x"].copy()
+    with pytest.raises(error):
+        call(**changes)
+    assert np.array_equal(arguments["x"], before)
