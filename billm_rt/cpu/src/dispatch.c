@@ -186,11 +186,23 @@ static float row_bias(const struct billm_epilogue *e, size_t row) {
     return value;
 }
 
-/* Turn sums acc [rows] of the rows from `row` on into results at `out`. */
-static void finish(const struct billm_product *p, size_t row, size_t rows, const float *acc, float *out) {
+/* The scales and biases of a few rows as float32. */
+struct ends {
+    float scale[BILLM_TILE_ROWS], bias[BILLM_TILE_ROWS];
+};
+
+static void read_ends(const struct billm_epilogue *e, size_t row, size_t rows, struct ends *ends) {
     for (size_t r = 0; r < rows; r++) {
-        float value = acc[r] * row_scale(&p->epilogue, row + r);
-        value = p->epilogue.bias ? value + row_bias(&p->epilogue, row + r) : value;
+        ends->scale[r] = row_scale(e, row + r);
+        ends->bias[r] = row_bias(e, row + r);
+    }
+}
+
+/* Turn the sums of a few rows into results. Without a bias nothing is added, not even a zero: -0 stays what it is. */
+static void finish(const struct billm_product *p, const struct ends *ends, size_t rows, const float *acc, float *out) {
+    for (size_t r = 0; r < rows; r++) {
+        float value = acc[r] * ends->scale[r];
+        value = p->epilogue.bias ? value + ends->bias[r] : value;
         out[r] = p->accumulate ? out[r] + value : value;
     }
 }
@@ -200,14 +212,20 @@ static void gemv_task(void *context, size_t index) {
     size_t row, i = product_of(job, index, &row);
     const struct billm_product *p = &job->products[i];
     const struct billm_weight *w = p->weight;
+    const size_t end = billm_min(row + job->rows_per_task, w->rows);
     float acc[GEMV_ROWS];
-    for (size_t end = billm_min(row + job->rows_per_task, w->rows); row < end; row += GEMV_ROWS) {
-        size_t stop = billm_min(row + GEMV_ROWS, end);
+    for (size_t stop; row < end; row = stop) {
+        stop = billm_min(row + GEMV_ROWS, end);
         if (w->values)
             job->isa->int8_gemv(w, job->x->values, job->x->scales, row, stop, acc);
         else
             job->isa->binary_gemv(w, job->prepared[i], job->x->bits, job->x->scales, row, stop, acc);
-        finish(p, row, stop - row, acc, p->out + row);
+        for (size_t r = row; r < stop; r += BILLM_TILE_ROWS) {
+            const size_t rows = billm_min(BILLM_TILE_ROWS, stop - r);
+            struct ends ends;
+            read_ends(&p->epilogue, r, rows, &ends);
+            finish(p, &ends, rows, acc + (r - row), p->out + r);
+        }
     }
 }
 
@@ -228,8 +246,10 @@ static void gemm_task(void *context, size_t index) {
         isa->multiply(tile, cols, w->block, job->panel + col * sizeof(int16_t), job->panel_stride, job->x->bits,
                       job->panel_scales + col / w->block, w->blocks, job->padded_tokens, acc);
     }
+    struct ends ends;
+    read_ends(&p->epilogue, row, rows, &ends);
     for (size_t t = 0; t < job->tokens; t++)
-        finish(p, row, rows, acc + t * isa->tile_rows, p->out + (job->first_token + t) * p->out_stride + row);
+        finish(p, &ends, rows, acc + t * isa->tile_rows, p->out + (job->first_token + t) * p->out_stride + row);
 }
 
 static int run_gemv(struct job *job) {
