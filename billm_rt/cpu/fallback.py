@@ -29,8 +29,7 @@ def quantize(
 ) -> QuantizedActivations:
     """Quantize x [tokens, cols]; see `billm_rt.cpu.quantize`."""
     _check_block(block)
-    if bits not in TOP:
-        raise ValueError(f"activation bits: wanted 8 or 16, found {bits}")
+    _check_bits(bits)
     top = np.float32(TOP[bits])
     _check("x", x, np.float32, (-1, -1))
     tokens, cols = x.shape
@@ -112,8 +111,14 @@ def _check_scale(name: str, scale: NDArray[np.generic], rows: int) -> None:
 
 
 def _check_activations(x: QuantizedActivations, cols: int) -> None:
+    _check_bits(x.bits)
     _check("x.values", x.values, np.int16, (-1, cols))
     _check("x.scales", x.scales, np.float32, (x.values.shape[0], num_blocks(cols, x.block)))
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in TOP:
+        raise ValueError(f"activation bits: wanted 8 or 16, found {bits}")
 
 
 def _check_block(block: int) -> None:

@@ -106,9 +106,7 @@ def test_heads_of_every_width(isa: str, width: int, tmp_path: Path, seed: int, m
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
-def test_activations(
-    isa: str, activation: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations(isa: str, activation: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(activation=activation, max_position_embeddings=CONTEXT)
     make_random_billm(tmp_path / "m.billm", config, Quantization(block_size=32), seed)
     with _load(tmp_path / "m.billm") as model, _op_by_op(tmp_path / "m.billm", monkeypatch) as loop:

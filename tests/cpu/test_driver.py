@@ -13,9 +13,9 @@ import pytest
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parents[1] / "billm_rt" / "cpu" / "src"
-FLAGS = ("-std=gnu11", "-ffp-contract=off", "-pthread", f"-I{SOURCES}")
-X86 = ("dispatch", "pool", "portable", "avx2", "avx512")
-ARM = ("dispatch", "pool", "portable", "neon")
+FLAGS = ("-std=gnu11", "-ffp-contract=off", "-pthread", "-Wno-psabi", f"-I{SOURCES}")
+X86 = ("dispatch", "pool", "portable", "avx2", "avx512", "float_portable", "float_avx2", "float_avx512")
+ARM = ("dispatch", "pool", "portable", "neon", "float_portable", "float_neon")
 on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs an x86-64 machine")
 
 
@@ -27,7 +27,7 @@ def need(*programs: str) -> None:
 
 def build(compiler: str, program: Path, main: str, library: tuple[str, ...], *flags: str) -> Path:
     files = [SOURCES / f"{name}.c" for name in library]
-    command = [compiler, *FLAGS, *flags, *map(str, files), str(TESTS / main), "-o", str(program)]
+    command = [compiler, *FLAGS, *flags, *map(str, files), str(TESTS / main), "-o", str(program), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return program

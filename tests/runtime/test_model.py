@@ -18,6 +18,7 @@ from billm_format.reader import BillmFile
 from billm_rt import cpu
 from billm_rt.backend import choose
 from billm_rt.cache import KVCache
+from billm_rt.cpu.decoder import NativeLayers
 from billm_rt.reference import ReferenceBackend
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason="the native CPU library is not built")
@@ -90,6 +91,28 @@ def test_truncated_cache_equals_a_fresh_one(llama: Path, exact: bool, rng: np.ra
         assert _relative(found, model.logits(first[:13] + second)[13:]) < TOLERANCE[exact]
 
 
+def _interrupt_the_second_layer(model: billm_rt.Model, patch: pytest.MonkeyPatch) -> None:
+    if isinstance(model._fused, NativeLayers):
+        decoder = model._fused._decoder
+
+        class Interrupted:
+            def run(self, x: Any, start: int, cos: Any, sin: Any, first: int, caches: Any) -> None:
+                if first == 1:
+                    raise KeyboardInterrupt
+                decoder.run(x, start, cos, sin, first, caches)
+
+        patch.setattr(model._fused, "_decoder", Interrupted())
+        return
+    attention = model.backend.attention
+
+    def interrupted(query: Any, cache: KVCache, layer: int, window: int | None) -> Any:
+        if layer == 1:
+            raise KeyboardInterrupt
+        return attention(query, cache, layer, window)
+
+    patch.setattr(model.backend, "attention", interrupted)
+
+
 @pytest.mark.parametrize("exact", PATHS)
 def test_interrupt_leaves_the_cache_as_it_was(
     llama: Path, exact: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
@@ -98,15 +121,8 @@ def test_interrupt_leaves_the_cache_as_it_was(
         text, lost, rest = rng.integers(0, model.config.vocab_size, (3, 30)).tolist()
         cache = model.new_cache()
         model.forward(text, cache)
-        attention = model.backend.attention
-
-        def interrupted(query: Any, cache: KVCache, layer: int, window: int | None) -> Any:
-            if layer == 1:
-                raise KeyboardInterrupt
-            return attention(query, cache, layer, window)
-
         with monkeypatch.context() as patch:
-            patch.setattr(model.backend, "attention", interrupted)
+            _interrupt_the_second_layer(model, patch)
             with pytest.raises(KeyboardInterrupt):
                 model.forward(lost, cache)
         assert cache.tokens == text
@@ -175,7 +191,8 @@ def test_without_the_native_library_the_answers_are_right_and_said_to_be_slow(
     with billm_rt.load(llama) as model:
         assert model.isa == "numpy"
         assert "slower: it was taken away" in model.backend.reason
-        assert np.array_equal(model.logits(tokens), wanted)
+        # The products agree to the bit; what is float32 between them is summed in another order.
+        assert _relative(model.logits(tokens), wanted) < 2e-4
 
 
 def test_missing_and_damaged_files(llama: Path, tmp_path: Path) -> None:
@@ -278,11 +295,12 @@ def test_shared_activations_are_quantized_once(llama: Path, monkeypatch: pytest.
     calls: list[int] = []
     quantize = cpu.quantize
 
-    def counted(x: np.ndarray, block: int, col_scale: Any = None) -> Any:
+    def counted(x: np.ndarray, *rest: Any) -> Any:
         calls.append(x.shape[1])
-        return quantize(x, block, col_scale)
+        return quantize(x, *rest)
 
     monkeypatch.setattr(cpu, "quantize", counted)
+    monkeypatch.setattr(NativeLayers, "can_run", staticmethod(lambda config: False))
     with billm_rt.load(llama, activation_bits=8) as model:
         model.logits([5])
         assert len(calls) == 4 * model.config.num_hidden_layers + 1
@@ -333,6 +351,7 @@ def test_cache_grows_by_doubling_up_to_the_context(rng: np.random.Generator) -> 
         cache.commit([0])
         sizes.append(cache.nbytes)
     per_token = 2 * 2 * 2 * 16 * 4
-    assert sorted(set(sizes)) == [256 * per_token, 512 * per_token, 1000 * per_token]
+    # Whole groups of sixteen tokens: 1,000 become 1,008.
+    assert sorted(set(sizes)) == [256 * per_token, 512 * per_token, 1008 * per_token]
     with pytest.raises(DoesNotFitError):
         cache.require(1)

@@ -59,9 +59,11 @@ static inline __m512i magnitudes(__m512i scales) {
 /* Lane i is the sum of the lanes of a[i]. */
 static inline __m256i sum_lanes(const __m512i a[GROUP]) {
     __m512i pair[4], quad[2];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         pair[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
                                    _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+#pragma GCC unroll 2
     for (int i = 0; i < 2; i++)
         quad[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]),
                                    _mm512_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]));
@@ -69,6 +71,13 @@ static inline __m256i sum_lanes(const __m512i a[GROUP]) {
                                     _mm512_shuffle_i32x4(quad[0], quad[1], 0xdd));
     __m256i low = _mm512_castsi512_si256(half), high = _mm512_extracti64x4_epi64(half, 1);
     return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+static inline float *store_rows(float *acc, size_t rows, __m256 total) {
+    float result[GROUP];
+    _mm256_storeu_ps(result, total);
+    memcpy(acc, result, rows * sizeof *acc);
+    return acc + rows;
 }
 
 /* Where a group of rows begins in the planes; a short group repeats its last row. */
@@ -80,18 +89,22 @@ struct group {
 /* Add a stretch of eight rows; `bytes` of each plane are there, `wide` says whether there is a high part. */
 BILLM_INLINE void add_stretch(const struct group *g, size_t byte, const size_t bytes, size_t block,
                               const struct stretch *x, const int wide, __m512i low[GROUP], __m512i high[GROUP]) {
-    const __m512i one = _mm512_set1_epi8(1), index = _mm512_load_si512(x->index), zero = _mm512_setzero_si512();
-    const __m512i x_low = _mm512_load_si512(x->low), x_high = _mm512_load_si512(x->high);
+    /* Blends of two vectors instead of masked sums: those would need a copy each. */
+    const __m512i index = _mm512_load_si512(x->index), next = _mm512_add_epi8(index, _mm512_set1_epi8(1));
+    const __m512i x_low = _mm512_load_si512(x->low), minus_low = _mm512_sub_epi8(_mm512_setzero_si512(), x_low);
+    const __m512i x_high = _mm512_load_si512(x->high), minus_high = _mm512_sub_epi8(_mm512_setzero_si512(), x_high);
     const uint64_t salient = x->salient;
 #pragma GCC unroll 8
     for (size_t r = 0; r < GROUP; r++) {
         uint64_t sign = load_bits(g->sign[r] + byte, bytes), second = load_bits(g->second[r] + byte, bytes);
-        __mmask64 minus = _cvtu64_mask64(~sign), q = _cvtu64_mask64(second ^ (salient & ~sign));
-        __m512i magnitude = _mm512_shuffle_epi8(_mm512_set1_epi32((int)g->magnitudes[r][block]),
-                                                _mm512_mask_add_epi8(index, q, index, one));
-        low[r] = _mm512_dpbusd_epi32(low[r], magnitude, _mm512_mask_sub_epi8(x_low, minus, zero, x_low));
+        __mmask64 plus = sign, q = second ^ (salient & ~sign);
+        const uint32_t *four = &g->magnitudes[r][block];
+        __asm__ volatile("" : "+r"(four)); /* or the compiler keeps eight broadcasts in registers, and spills the sums */
+        __m512i magnitude =
+            _mm512_shuffle_epi8(_mm512_set1_epi32((int)*four), _mm512_mask_blend_epi8(q, index, next));
+        low[r] = _mm512_dpbusd_epi32(low[r], magnitude, _mm512_mask_blend_epi8(plus, minus_low, x_low));
         if (wide)
-            high[r] = _mm512_dpbusd_epi32(high[r], magnitude, _mm512_mask_sub_epi8(x_high, minus, zero, x_high));
+            high[r] = _mm512_dpbusd_epi32(high[r], magnitude, _mm512_mask_blend_epi8(plus, minus_high, x_high));
     }
 }
 
@@ -120,6 +133,7 @@ BILLM_INLINE void gemv(const struct billm_weight *w, const struct stretch *x, co
             __m512i low[GROUP], high[GROUP];
             if (block % CHUNK == 0)
                 read_magnitudes(w, rows, block, &g);
+#pragma GCC unroll 8
             for (size_t r = 0; r < GROUP; r++)
                 low[r] = high[r] = _mm512_setzero_si512();
             for (size_t last = billm_min(stretch + per_block, stretches); stretch < last; stretch++) {
@@ -130,12 +144,12 @@ BILLM_INLINE void gemv(const struct billm_weight *w, const struct stretch *x, co
                     add_stretch(&g, byte, 4, block % CHUNK, x + stretch, wide, low, high);
             }
             if (wide)
+#pragma GCC unroll 8
                 for (size_t r = 0; r < GROUP; r++)
                     low[r] = _mm512_add_epi32(low[r], _mm512_sub_epi32(_mm512_slli_epi32(high[r], 8), high[r]));
             total = billm_step(total, x_scale[block], sum_lanes(low));
         }
-        _mm256_mask_storeu_ps(acc, (__mmask8)((1u << billm_min(GROUP, end - row)) - 1), total);
-        acc += GROUP;
+        acc = store_rows(acc, billm_min(GROUP, end - row), total);
     }
 }
 
@@ -147,30 +161,45 @@ static void binary_gemv(const struct billm_weight *w, const void *prepared, int 
         gemv(w, prepared, 0, x_scale, row, end, acc);
 }
 
+/* Up to 32 columns of eight rows. */
+BILLM_INLINE void add_columns(const int8_t *const from[GROUP], size_t col, const int whole, size_t count,
+                              const int16_t *x, __m512i sums[GROUP]) {
+    int16_t short_x[32] = {0};
+    int8_t short_row[32] = {0};
+    if (!whole)
+        memcpy(short_x, x + col, count * sizeof *x);
+    const __m512i values = _mm512_loadu_si512(whole ? x + col : short_x);
+#pragma GCC unroll 8
+    for (size_t r = 0; r < GROUP; r++) {
+        if (!whole)
+            memcpy(short_row, from[r] + col, count);
+        const __m256i weight = _mm256_loadu_si256((const void *)(whole ? from[r] + col : short_row));
+        sums[r] = _mm512_dpwssd_epi32(sums[r], _mm512_cvtepi8_epi16(weight), values);
+    }
+}
+
 static void int8_gemv(const struct billm_weight *w, const int16_t *x, const float *x_scale, size_t row, size_t end,
                       float *acc) {
-    for (; row < end; row += GROUP) {
+    for (size_t rows; row < end; row += rows) {
+        const int8_t *from[GROUP];
         __m256 total = _mm256_setzero_ps();
+        rows = billm_min(GROUP, end - row);
+        for (size_t r = 0; r < GROUP; r++)
+            from[r] = w->values + (row + billm_min(r, rows - 1)) * w->stride;
         for (size_t block = 0, col = 0; block < w->blocks; block++) {
             const size_t stop = billm_min(col + w->block, w->cols);
             __m512i sums[GROUP];
+#pragma GCC unroll 8
             for (size_t r = 0; r < GROUP; r++)
                 sums[r] = _mm512_setzero_si512();
-            for (; col < stop; col += 32) {
-                const __mmask32 there = stop - col >= 32 ? 0xffffffffu : (1u << (stop - col)) - 1;
-                const __m512i values = _mm512_maskz_loadu_epi16(there, x + col);
-#pragma GCC unroll 8
-                for (size_t r = 0; r < GROUP; r++) {
-                    const int8_t *from = w->values + billm_min(row + r, end - 1) * w->stride + col;
-                    __m512i weight = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(there, from));
-                    sums[r] = _mm512_dpwssd_epi32(sums[r], weight, values);
-                }
-            }
+            for (; col + 32 <= stop; col += 32)
+                add_columns(from, col, 1, 32, x, sums);
+            if (col < stop)
+                add_columns(from, col, 0, stop - col, x, sums);
             col = stop;
             total = billm_step(total, x_scale[block], sum_lanes(sums));
         }
-        _mm256_mask_storeu_ps(acc, (__mmask8)((1u << billm_min(GROUP, end - row)) - 1), total);
-        acc += GROUP;
+        acc = store_rows(acc, rows, total);
     }
 }
 

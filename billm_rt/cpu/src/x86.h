@@ -29,7 +29,16 @@ static inline simde__m512 billm_cvtepi32_ps(simde__m512i value) {
         to[i] = (float)from[i];
     return simde_mm512_loadu_ps(to);
 }
-#define _mm512_cvtepi32_ps billm_cvtepi32_ps /* missing in SIMDe 0.7 */
+static inline simde__m512i billm_maskz_loadu_epi32(unsigned mask, const void *from) {
+    int32_t words[16] = {0};
+    for (int i = 0; i < 16; i++)
+        if (mask >> i & 1)
+            memcpy(&words[i], (const char *)from + 4 * i, 4);
+    return simde_mm512_loadu_si512(words);
+}
+/* Missing in SIMDe 0.7. */
+#define _mm512_cvtepi32_ps billm_cvtepi32_ps
+#define _mm512_maskz_loadu_epi32 billm_maskz_loadu_epi32
 #else
 #include <immintrin.h>
 #endif
