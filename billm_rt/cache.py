@@ -12,8 +12,8 @@ Float32 = NDArray[np.float32]
 
 # The first allocation, in tokens; every later one doubles.
 _FIRST_CAPACITY = 256
-# int16 keys lie in groups of this many tokens, element by element: [capacity / 16, width, 16]. A vector of sixteen scores
-# then needs no sum across its lanes. Capacities are multiples of it. The native decoder relies on this layout.
+# int16 keys lie in groups of this many tokens, element by element: [capacity / 16, width, 16]. A vector of sixteen
+# scores then needs no sum across its lanes. Capacities are multiples of it. The native decoder relies on this layout.
 _KEY_GROUP = 16
 _INT16_MAX = 32767
 
@@ -141,7 +141,8 @@ class _Layer:
 
     def _grouped_keys(self) -> NDArray[np.generic]:
         _, heads, capacity, width = self._data.shape
-        return self._data[0].reshape(heads, capacity // _KEY_GROUP, width, _KEY_GROUP)
+        keys: NDArray[np.generic] = self._data[0].reshape(heads, capacity // _KEY_GROUP, width, _KEY_GROUP)
+        return keys
 
     def _grow(self, used: int, needed: int) -> None:
         _, heads, capacity, width = self._data.shape

@@ -9,7 +9,6 @@ from billm_rt.backend import Array, Layer
 from billm_rt.cache import KVCache
 
 if TYPE_CHECKING:
-    from billm_rt.cpu import _native
     from billm_rt.cpu_backend import Shared
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of `enum billm_activation`
@@ -23,7 +22,7 @@ class NativeLayers:
         from billm_rt.cpu import _native
 
         self._count = len(layers)
-        self._decoder: _native.Decoder = _native.Decoder(
+        self._decoder = _native.Decoder(
             (
                 config.hidden_size,
                 config.intermediate_size,

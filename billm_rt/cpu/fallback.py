@@ -16,7 +16,7 @@ _ROWS_AT_A_TIME = 512  # bounds the levels that are unpacked at once
 
 @dataclass(frozen=True, eq=False)
 class QuantizedActivations:
-    """Activations as integers with a scale per token and block: x[t, j] is about values[t, j] * scales[t, j // block]."""
+    """Activations as integers, a scale per token and block: x[t, j] is about values[t, j] * scales[t, j // block]."""
 
     values: NDArray[np.int16]  # [tokens, cols], at most TOP[bits] in magnitude
     scales: NDArray[np.float32]  # [tokens, num_blocks]

@@ -1,4 +1,4 @@
-"""The native decoder layers: against the same model op by op, against themselves cut and split otherwise, and refusals."""
+"""The native decoder layers: against the same model op by op, against themselves cut otherwise, and refusals."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -148,11 +148,12 @@ def run(tmp_path: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
             "first": 0,
             "caches": caches,
         }
-        layers = model._fused
-        assert isinstance(layers, NativeLayers)
-        decoder = layers._decoder
-        yield lambda **changes: decoder.run(*{**arguments, **changes}.values()), arguments
-        del decoder, layers
+
+        def call(**changes: Any) -> None:
+            assert isinstance(model._fused, NativeLayers)
+            model._fused._decoder.run(*{**arguments, **changes}.values())
+
+        yield call, arguments
 
 
 @pytest.mark.parametrize(
