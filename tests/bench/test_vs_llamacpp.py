@@ -1,4 +1,4 @@
-"""The comparison with llama.cpp: its recorded output, the medians, and the whole with a program repeating the record."""
+"""The comparison with llama.cpp: its recorded output, the medians, and the whole with a program that repeats it."""
 
 import json
 import shlex
