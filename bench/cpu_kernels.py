@@ -12,7 +12,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from billm_format.errors import UsageError
 from billm_format.layout import num_blocks, row_bytes
 from billm_format.packing import PackedLinear
 from billm_rt import cpu
+from billm_rt.bench import read_bandwidth
 
 BLOCK = 128
 LINEARS = [
@@ -49,13 +49,6 @@ def median_time(call: Callable[[int], object], seconds: float) -> float:
         call(len(times) + 1)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def read_bandwidth(threads: int, megabytes: int) -> float:
-    """Return the bytes per second that `threads` threads read from memory."""
-    parts = np.array_split(np.ones(megabytes << 17, np.uint64), threads)
-    with ThreadPoolExecutor(threads) as pool:
-        return sum(p.nbytes for p in parts) / median_time(lambda _: list(pool.map(np.bitwise_or.reduce, parts)), 1.0)
 
 
 def random_linears(rng: np.random.Generator, rows: int, cols: int, megabytes: int) -> list[PackedLinear]:
@@ -128,7 +121,7 @@ def benchmark(args: argparse.Namespace) -> None:
         cpu.select_isa(args.isa or cpu.isa())
     except ValueError as error:
         raise UsageError(str(error)) from error
-    bandwidth = read_bandwidth(cpu.threads(), args.working_set)
+    bandwidth = read_bandwidth(cpu.threads())
     machine = {"isa": cpu.isa(), "threads": cpu.threads(), "read_gigabytes_per_s": round(bandwidth / 1e9, 2)}
     if not args.json:
         print(f"{machine['isa']}, {machine['threads']} threads, memory reads {machine['read_gigabytes_per_s']} GB/s")

@@ -1,6 +1,7 @@
 """Text from a model, token by token: prompt reuse, stop strings, and a cache that an interrupt leaves consistent."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -10,11 +11,13 @@ from numpy.typing import NDArray
 
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_rt.cache import KVCache
+from billm_rt.lookup import PromptLookup
 from billm_rt.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from billm_rt.model import Model
 
+Float32 = NDArray[np.float32]
 FinishReason = Literal["eos", "stop", "length", "context"]
 
 
@@ -27,6 +30,8 @@ class GenerationStats:
     prompt_seconds: float  # reading the others
     generated_tokens: int
     generation_seconds: float  # from the first token to the last
+    proposed_tokens: int = 0  # guessed, and read along with another token
+    accepted_tokens: int = 0  # those of them that came, each a reading less
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def generate(
     sampling: Sampling,
     stop: Sequence[str] = (),
     cache: KVCache | None = None,
+    lookup: int = 0,
 ) -> Iterator[Chunk]:
     """Check the arguments now and return the stream of chunks that continues `prompt`.
 
@@ -54,6 +60,10 @@ def generate(
     longest prefix it shares with the prompt is not read again and the rest of it is forgotten; at every moment
     `cache.tokens` is what the cache holds, so a stream may be dropped or interrupted anywhere and the cache used on.
     The end-of-text token and a stop string (first match ends the answer) are not part of the text.
+
+    With `lookup`, up to so many tokens are guessed from the text so far and read together with the last one: quicker
+    where the answer repeats what was said, slower where it does not. Every token is still drawn from the model's own
+    logits, with the same random numbers, so the answer is the same; the cache may end with guesses that failed.
     Raises UsageError on bad arguments, DoesNotFitError on a prompt that exceeds the context length.
     """
     ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
@@ -61,6 +71,8 @@ def generate(
         raise UsageError("the prompt is empty: give at least one word")
     if max_tokens < 0:
         raise UsageError(f"--max-tokens {max_tokens}: wanted 0 or more")
+    if lookup < 0:
+        raise UsageError(f"--lookup {lookup}: wanted 0 (off) or more")
     if "" in stop:
         raise UsageError("an empty stop string would stop at once: leave it out")
     cache = model.new_cache() if cache is None else cache
@@ -69,25 +81,24 @@ def generate(
             f"the prompt has {len(ids)} tokens, the context length is {cache.ctx} "
             f"(the model knows up to {model.config.max_position_embeddings}): shorten the prompt or raise --ctx"
         )
-    return _stream(model, ids, max_tokens, Sampler(sampling), tuple(stop), cache)
+    reader = _Reader(model, cache, lookup, longest=len(ids) + max_tokens - 1)
+    return _stream(model, ids, max_tokens, Sampler(sampling), tuple(stop), reader)
 
 
 def _stream(
-    model: "Model", ids: list[int], max_tokens: int, sampler: Sampler, stop: tuple[str, ...], cache: KVCache
+    model: "Model", ids: list[int], max_tokens: int, sampler: Sampler, stop: tuple[str, ...], reader: "_Reader"
 ) -> Iterator[Chunk]:
     begun = time.perf_counter()
-    # The last prompt token is always read, for its logits.
-    reused = min(_common_prefix(cache.tokens, ids), len(ids) - 1)
-    cache.truncate(reused)
-    logits = _next_logits(model, ids[reused:], cache)
+    logits, reused = reader.read_prompt(ids)
     prompt_read = time.perf_counter()
 
     text, held = model.tokenizer.stream(), HeldBack(stop)
     history, eos = list(ids), set(model.tokenizer.eos_token_ids)
 
     def stats() -> GenerationStats:
-        now = time.perf_counter()
-        return GenerationStats(len(ids), reused, prompt_read - begun, len(history) - len(ids), now - prompt_read)
+        spent = time.perf_counter() - prompt_read
+        said = len(history) - len(ids)
+        return GenerationStats(len(ids), reused, prompt_read - begun, said, spent, reader.proposed, reader.accepted)
 
     if max_tokens == 0:
         yield Chunk("", None, "length", stats())
@@ -102,7 +113,7 @@ def _stream(
             piece = text.step(token)
             if len(history) - len(ids) == max_tokens:
                 reason = "length"
-            elif len(cache) == cache.ctx:
+            elif len(history) > reader.ctx:
                 reason = "context"
             piece += text.flush() if reason else ""
         piece, stopped = held.add(piece)
@@ -114,7 +125,49 @@ def _stream(
             yield Chunk(piece, token, reason, stats())
             return
         yield Chunk(piece, token)
-        logits = _next_logits(model, [token], cache)
+        logits = reader.next_logits(history)
+
+
+class _Reader:
+    """Reads the text into the cache, one token after the other or, with `lookup`, guessed ones along with it."""
+
+    def __init__(self, model: "Model", cache: KVCache, lookup: int, longest: int) -> None:
+        """`longest`: how many tokens of the text can be worth reading."""
+        self.ctx = cache.ctx
+        self.proposed = self.accepted = 0
+        self._model, self._cache, self._most_guesses = model, cache, lookup
+        self._longest = min(longest, cache.ctx)
+        self._lookup = PromptLookup()
+        self._ahead: deque[tuple[int, Float32]] = deque()  # each guess in the cache, and the logits behind it
+
+    def read_prompt(self, ids: list[int]) -> tuple[Float32, int]:
+        """Read what the cache does not hold of the prompt; return the logits [vocab_size] and how much it held."""
+        # The last prompt token is always read, for its logits.
+        reused = min(_common_prefix(self._cache.tokens, ids), len(ids) - 1)
+        self._cache.truncate(reused)
+        return self._forward(ids[reused:], "last")[0], reused
+
+    def next_logits(self, text: list[int]) -> Float32:
+        """Return the logits [vocab_size] behind `text`, of which all but the last token was there at the last call."""
+        if self._ahead:
+            guess, row = self._ahead.popleft()
+            if guess == text[-1]:
+                self.accepted += 1
+                return row
+            self._ahead.clear()
+            self._cache.truncate(len(text) - 1)
+        limit = min(self._most_guesses, self._longest - len(text))
+        guesses = self._lookup.propose(text, limit) if limit > 0 else []
+        self.proposed += len(guesses)
+        rows: list[Float32] = list(self._forward([text[-1], *guesses], "all" if guesses else "last"))
+        self._ahead.extend(zip(guesses, rows[1:], strict=True))
+        return rows[0]
+
+    def _forward(self, ids: list[int], which: Literal["last", "all"]) -> Float32:
+        logits = self._model.forward(ids, self._cache, logits=which)
+        if logits is None:
+            raise RuntimeError("forward was asked for logits and returned none")
+        return logits
 
 
 class HeldBack:
@@ -148,11 +201,3 @@ def _overlap(text: str, stop: str) -> int:
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _next_logits(model: "Model", ids: list[int], cache: KVCache) -> NDArray[np.float32]:
-    logits = model.forward(ids, cache, logits="last")
-    if logits is None:
-        raise RuntimeError("forward was asked for logits and returned none")
-    last: NDArray[np.float32] = logits[0]
-    return last

@@ -105,9 +105,11 @@ class Model:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         cache: KVCache | None = None,
+        lookup: int = 0,
     ) -> Iterator[Chunk]:
         """Stream the continuation of `prompt`; see `billm_rt.generate.generate`."""
-        return generate(self, prompt, max_tokens=max_tokens, sampling=sampling or Sampling(), stop=stop, cache=cache)
+        sampling = sampling or Sampling()
+        return generate(self, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, cache=cache, lookup=lookup)
 
     def memory(self) -> dict[str, int]:
         """Return bytes: the file's parts as they are mapped, live KV caches, and what the process holds."""

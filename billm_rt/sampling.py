@@ -1,5 +1,6 @@
 """From logits to the next token: the options people know, in one stated order."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,14 @@ from numpy.typing import NDArray
 from billm_format.errors import CorruptFileError, UsageError
 
 Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
 
-# Candidates that top-p looks at first; it takes eight times more until they carry enough probability.
-_FIRST_CANDIDATES = 256
+# Sorting a whole vocabulary, or adding it up one by one, takes as long as some layers of a small model. So it is only
+# passed through in float32, in groups of this many, and what may be drawn is looked at closely.
+_GROUP = 256
+# A nucleus of more tokens than this is rare.
+_FEW_TOKENS = 1000
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,8 @@ class Sampling:
 
     1. `repeat_penalty` over the last `repeat_last_n` tokens (-1: all): divides positive logits, multiplies others
     2. `temperature`: 0 takes the most probable token (the lowest id of equals) and ends here
-    3. `top_k`: the k most probable (0: off)
-    4. `top_p`: the fewest most probable ones that together reach this share of what is left (1: off)
+    3. `top_k`: the k most probable, of equals those of the lowest ids (0: off)
+    4. `top_p`: the fewest most probable ones that together reach this share of what is left (1: off), likewise
     5. `min_p`: those at least this fraction as probable as the most probable one (0: off)
 
     The same `seed` draws the same tokens; None draws afresh. Raises UsageError on a value out of range.
@@ -70,11 +75,8 @@ class Sampler:
             raise CorruptFileError("the model's output is not a number: check the file with billm-info --verify")
         if options.temperature == 0:
             return best
-        # float64: a sum over 100,000 float32 probabilities would bend the last ones.
-        ids, probabilities = _candidates(logits, options)
-        edges = np.cumsum(probabilities)
-        place = int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
-        place = min(place, probabilities.size - 1)
+        ids, weights = _candidates(logits, float(logits[best]), options)
+        place = _draw(weights, self._random.random())
         return int(place if ids is None else ids[place])
 
 
@@ -82,7 +84,7 @@ def _penalise(logits: Float32, history: Sequence[int], options: Sampling) -> Flo
     if options.repeat_penalty == 1 or options.repeat_last_n == 0 or not history:
         return logits
     recent = history if options.repeat_last_n < 0 else history[-options.repeat_last_n :]
-    seen = np.unique(np.asarray(recent, np.int64))
+    seen = np.fromiter(recent, np.int64, len(recent))  # one that comes twice is set twice to the same value
     logits = logits.copy()
     values = logits[seen]
     penalty = np.float32(options.repeat_penalty)
@@ -90,31 +92,79 @@ def _penalise(logits: Float32, history: Sequence[int], options: Sampling) -> Flo
     return logits
 
 
-def _candidates(logits: Float32, options: Sampling) -> tuple[NDArray[np.int64] | None, Float64]:
-    """Return the ids that may be drawn (None: all of them, in order) and their unnormalised probabilities."""
-    weight = np.exp((logits.astype(np.float64) - logits.max()) / options.temperature)
+def _candidates(logits: Float32, best: float, options: Sampling) -> tuple[Int64 | None, Float32]:
+    """Return the ids that may be drawn, in order (None: all of them), and their probabilities over that of `best`."""
     ids = None
-    if 0 < options.top_k < weight.size:
-        ids = np.argpartition(weight, -options.top_k)[-options.top_k :]
-        weight = weight[ids]
+    if 0 < options.top_k < logits.size:
+        ids = _largest(logits, options.top_k)
+        logits = logits[ids]
     if options.top_p < 1:
-        kept = _nucleus(weight, options.top_p)
-        ids, weight = kept if ids is None else ids[kept], weight[kept]
+        weights = _weights(logits, best, options.temperature)
+        kept = _nucleus(weights, options.top_p, options.min_p)
+        return kept if ids is None else ids[kept], weights[kept]
     if options.min_p > 0:
-        kept = np.flatnonzero(weight >= options.min_p * weight.max())
-        ids, weight = kept if ids is None else ids[kept], weight[kept]
-    return ids, weight
+        kept = np.flatnonzero(logits >= best + options.temperature * math.log(options.min_p))
+        ids, logits = kept if ids is None else ids[kept], logits[kept]
+    return ids, _weights(logits, best, options.temperature)
 
 
-def _nucleus(weight: Float64, top_p: float) -> NDArray[np.int64]:
-    """Return the fewest places, most probable first, whose weights reach `top_p` of the sum, sorting only a few."""
-    wanted = top_p * weight.sum()
-    count = _FIRST_CANDIDATES
-    while True:
-        count = min(count, weight.size)
-        places = np.argpartition(weight, weight.size - count)[weight.size - count :]
-        places = places[np.argsort(-weight[places], kind="stable")]
-        reached = np.cumsum(weight[places])
-        if reached[-1] >= wanted or count == weight.size:
-            return places[: int(np.searchsorted(reached, wanted)) + 1]
-        count *= 8
+def _weights(logits: Float32, best: float, temperature: float) -> Float32:
+    weights = np.subtract(logits, np.float32(best))
+    # A temperature next to 0 takes all but the best to -infinity, as it should. Multiplying is quicker than dividing.
+    with np.errstate(over="ignore"):
+        np.multiply(weights, np.float32(min(1 / temperature, _LARGEST)), out=weights)
+    return np.exp(weights, out=weights)
+
+
+def _largest(values: Float32, count: int) -> Int64:
+    """Return the places of the `count` largest values, in order; of equals, the first."""
+    groups = values.size // _GROUP
+    places: Int64 | None = None
+    if count < groups:
+        # So many groups hold a value of at least `floor`, so the values wanted are not below it.
+        highest = values[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
+        floor = np.partition(highest, groups - count)[groups - count]
+        places = np.flatnonzero(values >= floor)
+        values = values[places]
+    edge = np.partition(values, values.size - count)[values.size - count]
+    kept = _down_to(values, edge, count)
+    return kept if places is None else places[kept]
+
+
+def _nucleus(weights: Float32, top_p: float, min_p: float) -> Int64:
+    """Return the places of the fewest largest weights that reach `top_p` of the sum, without those below `min_p`."""
+    wanted = top_p * float(weights.sum())  # NumPy sums in pairs: float32 is good to the last digit or two
+    left_out = (1 - top_p) / top_p * wanted
+    # So many weights below the bound make less than what is to be left out: the second bound is always low enough,
+    # the first nearly always, with far fewer places above it.
+    for count in (_FEW_TOKENS, weights.size):
+        bound = max(left_out / count, min_p)
+        places = np.flatnonzero(weights >= np.float32(bound))
+        ranked = np.sort(weights[places])[::-1]
+        reached = np.cumsum(ranked, dtype=np.float64)
+        if (reached.size and reached[-1] >= wanted) or bound == min_p:
+            break
+    size = int(np.searchsorted(reached, wanted)) + 1
+    return places if size >= places.size else places[_down_to(weights[places], ranked[size - 1], size)]
+
+
+def _down_to(values: Float32, edge: np.float32, count: int) -> Int64:
+    """Return the places of `count` values, in order: those above `edge`, and the first of those equal to it."""
+    above = np.flatnonzero(values > edge)
+    equal = np.flatnonzero(values == edge)
+    return np.sort(np.concatenate((above, equal[: count - above.size])))
+
+
+def _draw(weights: Float32, uniform: float) -> int:
+    """Return the place where `uniform` (0 to 1) of all weight lies: first the group, then the place in it."""
+    groups = np.cumsum(np.add.reduceat(weights, np.arange(0, weights.size, _GROUP)), dtype=np.float64)
+    group = _reached(groups, uniform)
+    before = groups[group - 1] if group else 0.0
+    inside = np.cumsum(weights[group * _GROUP : (group + 1) * _GROUP], dtype=np.float64)
+    return group * _GROUP + _reached(inside, (uniform * groups[-1] - before) / (groups[group] - before))
+
+
+def _reached(edges: NDArray[np.float64], share: float) -> int:
+    """Return the first place whose edge lies beyond `share` of the last one; rounding never leads past the last."""
+    end = edges[-1]
+    return int(np.searchsorted(edges, min(share * end, np.nextafter(end, 0)), side="right"))

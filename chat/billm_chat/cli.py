@@ -238,6 +238,8 @@ def _answer_json(session: "Session", prompt: str) -> None:
             "prompt_seconds": turn.prompt_seconds,
             "generated_tokens": turn.generated_tokens,
             "generation_seconds": turn.generation_seconds,
+            "proposed_tokens": turn.proposed_tokens,
+            "accepted_tokens": turn.accepted_tokens,
         },
     )
 

@@ -182,7 +182,8 @@ def _prompt_speed(turn: Turn) -> str:
 
 def _answer_speed(turn: Turn) -> str:
     # The first token comes out of reading the prompt: the time runs from it to the last.
-    return f"{turn.generated_tokens:,} tokens at {_rate(turn.generated_tokens - 1, turn.generation_seconds)}"
+    guessed = f", {turn.accepted_tokens:,} of {turn.proposed_tokens:,} guesses right" if turn.proposed_tokens else ""
+    return f"{turn.generated_tokens:,} tokens at {_rate(turn.generated_tokens - 1, turn.generation_seconds)}{guessed}"
 
 
 def _rate(tokens: int, seconds: float) -> str:

@@ -42,6 +42,8 @@ class Turn:
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
     generation_seconds: float = 0.0
+    proposed_tokens: int = 0  # by lookup
+    accepted_tokens: int = 0
     finish_reason: str = INTERRUPTED
     text: str = ""
     token_ids: list[int] = field(default_factory=list)  # without the end-of-text token
@@ -185,6 +187,7 @@ class Session:
             sampling=self._sampling(attempt),
             stop=self._stops(),
             cache=self.cache,
+            lookup=self.settings.lookup,
         )
         self.messages, self.first, self._attempt, self.last = messages, first, attempt, turn
         self.attached.clear()
@@ -220,6 +223,8 @@ class Session:
         turn.generated_tokens += chunk.token_id is not None
         if chunk.token_id is not None and chunk.finish_reason != "eos":
             turn.token_ids.append(chunk.token_id)
+        if chunk.stats is not None:
+            turn.proposed_tokens, turn.accepted_tokens = chunk.stats.proposed_tokens, chunk.stats.accepted_tokens
         if chunk.finish_reason is not None:
             turn.finish_reason = chunk.finish_reason
         elif self.settings.stop_loops and is_loop(turn.token_ids):

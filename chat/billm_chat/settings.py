@@ -26,6 +26,7 @@ class Settings:
     repeat_last_n: int = 64
     max_tokens: int = 512
     seed: int | None = None
+    lookup: int = 0
     stop: tuple[str, ...] = ()
     stop_loops: bool = True
     markdown: bool = True
@@ -110,6 +111,11 @@ OPTIONS: dict[str, Option] = {
         _number(int, 1, _BIG), "longest answer, in tokens", ("--max-tokens", "-n", "--max-new-tokens")
     ),
     "seed": Option(_seed, "same seed, same answer; random: a new one each time", ("--seed", "-s")),
+    "lookup": Option(
+        _number(int, 0, 64),
+        "guess this many tokens ahead from the text; the same answer, sooner where it repeats it; 0: off",
+        ("--lookup",),
+    ),
     "stop": Option(_stop_strings, r"end the answer where this text comes up (\n: line end); none: nowhere"),
     "stop_loops": Option(_switch, "end an answer that repeats itself over and over"),
     "markdown": Option(_switch, "show answers as formatted Markdown"),

@@ -57,6 +57,7 @@ class FakeModel:
         self.prompts: list[str] = []
         self.read: list[int] = []
         self.samplings: list[Sampling] = []
+        self.lookups: list[int] = []
         self.file: Any = SimpleNamespace(
             path=Path("fake.billm"),
             nbytes=52_300_000,
@@ -92,7 +93,9 @@ class FakeModel:
         sampling: Sampling,
         stop: Sequence[str] = (),
         cache: FakeCache | None = None,
+        lookup: int = 0,
     ) -> Iterator[Chunk]:
+        self.lookups.append(lookup)
         assert len(prompt) < self.ctx
         cache = cache or FakeCache()
         answer = self.script(len(self.prompts))
@@ -111,7 +114,7 @@ class FakeModel:
             raise answer
         cache.tokens[:] = prompt
         for count, character in enumerate([*answer, None], start=1):
-            stats = GenerationStats(len(prompt), shared, 0.1, count, 0.2)
+            stats = GenerationStats(len(prompt), shared, 0.1, count, 0.2, 8, 6)
             if character is None:
                 yield Chunk("", EOS, "eos", stats)
             elif any(answer[:count].endswith(text) for text in stop):

@@ -50,6 +50,13 @@ def test_prompt_and_pipe_give_plain_text(model: Path) -> None:
     assert "60 tokens" in done.stderr and run(model, "-q", "-p", "hello", *options).stderr == ""
 
 
+def test_lookup_gives_the_same_answer(model: Path) -> None:
+    options = (model, "-p", "ab ab ab ab", "-n", "60", "--seed", "1", "--temp", "0.1", "--repeat-penalty", "1")
+    plain, ahead = (json.loads(run(*options, *more, "--json").stdout) for more in ((), ("--lookup", "4")))
+    assert ahead["text"] == plain["text"] and ahead["generated_tokens"] == plain["generated_tokens"]
+    assert plain["proposed_tokens"] == 0 < ahead["accepted_tokens"] <= ahead["proposed_tokens"]
+
+
 def test_json_and_the_order_of_file_pipe_and_prompt(model: Path, folder: Path) -> None:
     (folder / "question.txt").write_text("from the file\n", encoding="utf-8-sig")
     arguments = (model, "-f", folder / "question.txt", "-p", "and asked", "--json", "-n", "5", "--system", "be kind")
@@ -93,6 +100,7 @@ def test_closed_pipe_is_quiet(model: Path) -> None:
         (["MODEL", "-p", " "], 2, "empty"),
         (["MODEL", "--json"], 2, "empty"),
         (["MODEL", "--temp", "hot"], 2, "wanted a number"),
+        (["MODEL", "-p", "x", "--lookup", "65"], 2, "at most 64"),
         (["MODEL", "-p", "x", "--ctx", "9999999"], 2, "--ctx"),
         (["MODEL", "-p", "x" * 3000, "--ctx", "64"], 4, "context holds 64"),
         (["MODEL", "-p", "x", "-f", "NONE"], 2, "No such file"),

@@ -100,7 +100,7 @@ def test_every_setting_can_be_shown_and_set(session: Session) -> None:
         assert option.help in do(session, f"/set {shown(name)}").text
         value = values.get(name, "off" if isinstance(getattr(Settings(), name), bool) else "3")
         assert "is now" in do(session, f"/set {shown(name)} {value}").text
-    assert session.settings == Settings(0.0, 3, 0.5, 0.1, 1.5, 3, 3, 7, ("###",), False, False, False)
+    assert session.settings == Settings(0.0, 3, 0.5, 0.1, 1.5, 3, 3, 7, 3, ("###",), False, False, False)
     do(session, "/set seed random")
     do(session, "/set temperature 1")
     assert session.settings.seed is None and session.settings.temp == 1

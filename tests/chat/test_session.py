@@ -7,6 +7,7 @@ from typing import cast
 import pytest
 from chat.fake_model import FakeModel
 
+from billm_chat import report
 from billm_chat.session import INTERRUPTED, LOOP, Message, Session, is_loop
 from billm_chat.settings import Settings
 from billm_format.errors import DoesNotFitError, UsageError
@@ -33,6 +34,14 @@ def test_prompt_is_the_rendered_conversation() -> None:
     assert model.prompts[1] == "[s]be kind<end>[u]one<end>[a]answer 0<end>[u]two<end>[a]"
     assert [message.content for message in session.messages] == ["one", "answer 0", "two", "answer 1"]
     assert session.messages[1].finish_reason == "eos"
+
+
+def test_lookup_is_passed_on_and_its_figures_come_back() -> None:
+    session, model = make(numbered, lookup=5)
+    list(session.ask("one"))
+    assert model.lookups == [5] and session.last is not None
+    assert (session.last.proposed_tokens, session.last.accepted_tokens) == (8, 6)
+    assert "6 of 8 guesses right" in report.speed(session.last, "")
 
 
 def test_second_turn_reads_only_what_is_new() -> None:

@@ -14,6 +14,7 @@ from billm_format.errors import UsageError
 from billm_rt import Chunk, Sampling
 from billm_rt.cache import KVCache
 from billm_rt.generate import HeldBack
+from billm_rt.lookup import PromptLookup
 
 GREEDY = Sampling(temperature=0)
 
@@ -212,3 +213,132 @@ def test_bad_arguments_are_refused_before_the_stream_starts(model: Any) -> None:
     ]:
         with pytest.raises(UsageError, match=message):
             model.generate(**options)
+
+
+# --- lookup: tokens read ahead on a guess
+
+
+def plain_proposal(text: list[int], limit: int) -> list[int]:
+    """What `PromptLookup` states, by searching the text from the end."""
+    for length in (3, 2, 1):
+        tail = text[-length:]
+        for place in range(len(text) - 1, length - 1, -1):
+            if len(text) >= length and text[place - length : place] == tail:
+                while len(text) < place + limit:
+                    text = text + text[place:]
+                return text[place : place + limit]
+    return []
+
+
+def test_proposals_follow_the_latest_longest_match(rng: np.random.Generator) -> None:
+    for letters in (2, 4, 30):
+        text = rng.integers(0, letters, int(rng.integers(1, 6))).tolist()
+        lookup = PromptLookup()
+        for _ in range(60):
+            limit = int(rng.integers(0, 9))
+            assert lookup.propose(text, limit) == plain_proposal(text, limit), text
+            text = text + rng.integers(0, letters, int(rng.integers(0, 4))).tolist()
+
+
+class Parrot(Scripted):
+    """Continues one given text, wherever it is made to read, and records what it was made to read."""
+
+    def forward(self, ids: Sequence[int], cache: KVCache, *, logits: str) -> np.ndarray:
+        self.read.append(list(ids))
+        cache.require(len(ids))
+        first = len(cache)
+        cache.commit(ids)
+        rows = np.zeros((len(ids), self.config.vocab_size), np.float32)
+        for row, place in enumerate(range(first + 1, first + 1 + len(ids))):
+            rows[row, self.script[min(place, len(self.script) - 1)]] = 10
+        return rows if logits == "all" else rows[-1:]
+
+
+@pytest.mark.parametrize(
+    ("answer", "read", "accepted"),
+    [
+        ([3, 4, 5, 6, 40, 41, 257], [[3, 4, 5, 6], [40], [41]], 3),  # nothing is known of what follows 40
+        ([3, 4, 50, 51, 257], [[3, 4, 5, 6], [50], [51]], 1),
+        ([3, 50, 3, 4, 5, 6, 7, 257], [[3, 4, 5, 6], [50], [3, 50, 3, 50], [4, 5, 6, 7]], 3),
+    ],
+)
+def test_what_is_guessed_right_is_not_read_again(
+    answer: list[int], read: list[list[int]], accepted: int, model: Any
+) -> None:
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]
+    parrot = Parrot(model, [*prompt, *answer])
+    chunks = run(parrot, prompt, lookup=3)
+    assert [chunk.token_id for chunk in chunks] == answer
+    assert parrot.read == [prompt, *read]
+    stats = chunks[-1].stats
+    assert (stats.proposed_tokens, stats.accepted_tokens) == (sum(len(ids) - 1 for ids in read), accepted)
+
+
+@pytest.mark.parametrize("lookup", [1, 4, 50])
+@pytest.mark.parametrize("max_tokens", [1, 2, 7, 500])
+def test_lookup_reads_no_further_than_it_may(model: Any, lookup: int, max_tokens: int) -> None:
+    """Neither beyond the context nor beyond the last token wanted, however well it guesses."""
+    prompt = [5, 6, 7] * 30
+    parrot = Parrot(model, [5, 6, 7] * 100)
+    cache = model.new_cache()
+    chunks = run(parrot, prompt, cache=cache, lookup=lookup, max_tokens=max_tokens)
+    room = model.ctx - len(prompt) + 1
+    assert len(chunks) == min(max_tokens, room)
+    assert [chunk.token_id for chunk in chunks] == ([5, 6, 7] * 100)[: len(chunks)]
+    assert chunks[-1].finish_reason == ("length" if max_tokens < room else "context")
+    assert sum(map(len, parrot.read)) == len(cache) == len(prompt) + len(chunks) - 1
+    stats = chunks[-1].stats
+    assert stats.accepted_tokens == stats.proposed_tokens
+    assert len(parrot.read) == len(chunks) - stats.accepted_tokens
+    if max_tokens == 500:
+        assert len(parrot.read) == 1 + -(-(room - 1) // (1 + lookup))
+
+
+LOOKUP_SAMPLINGS = {
+    "greedy": GREEDY,
+    "sampled": Sampling(temperature=1, top_p=0.95, seed=5),
+    "hot": Sampling(temperature=20, min_p=0.02, repeat_penalty=1.05, seed=6),
+}
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "kernels"])
+@pytest.mark.parametrize("name", LOOKUP_SAMPLINGS)
+@pytest.mark.parametrize("family", ["llama-bias", "mistral", "opt"])
+def test_lookup_changes_no_token(
+    family: str, name: str, exact: bool, tmp_path: Path, seed: int, rng: np.random.Generator
+) -> None:
+    make_random_billm(tmp_path / "m.billm", tiny_config(family), Quantization(block_size=64), seed)
+    options: dict[str, Any] = {"sampling": LOOKUP_SAMPLINGS[name], "max_tokens": 60}
+    accepted = proposed = 0
+    with billm_rt.load(tmp_path / "m.billm", exact=exact) as model:
+        cache = model.new_cache()
+        for lookup in (1, 3, 8):
+            prompt = rng.integers(0, 256, 8).tolist() * 4
+            plain = run(model, prompt, **options)
+            ahead = run(model, prompt, lookup=lookup, cache=cache, **options)
+            assert [(c.token_id, c.text, c.finish_reason) for c in ahead] == [
+                (c.token_id, c.text, c.finish_reason) for c in plain
+            ]
+            assert plain[-1].stats.proposed_tokens == 0
+            proposed += ahead[-1].stats.proposed_tokens
+            accepted += ahead[-1].stats.accepted_tokens
+    assert 0 <= accepted <= proposed > 0
+    if (family, name) == ("opt", "greedy"):  # with a tied head, random weights say the last token over and over
+        assert accepted > 0
+
+
+def test_a_stream_with_lookup_dropped_anywhere_leaves_a_usable_cache(model: Any, rng: np.random.Generator) -> None:
+    prompt = rng.integers(0, 256, 8).tolist() * 3
+    fresh = [chunk.token_id for chunk in run(model, prompt, max_tokens=12)]
+    cache = model.new_cache()
+    for shown in range(1, 8):
+        stream = model.generate(prompt, max_tokens=50, sampling=GREEDY, cache=cache, lookup=4)
+        seen = [next(stream).token_id for _ in range(min(shown, len(fresh) - 1))]
+        stream.close()
+        assert cache.tokens[: len(prompt) + len(seen) - 1] == prompt + seen[:-1]
+        assert [chunk.token_id for chunk in run(model, prompt, max_tokens=12, cache=cache)] == fresh
+
+
+def test_negative_lookup_is_refused(model: Any) -> None:
+    with pytest.raises(UsageError, match="--lookup -1"):
+        model.generate("a", lookup=-1)

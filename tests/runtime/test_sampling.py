@@ -63,28 +63,103 @@ def test_draws_follow_the_plain_distribution(name: str, rng: np.random.Generator
         assert abs(counts[token] - draws * probability) < 5 * spread + 1, token
 
 
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99, 0.9999])
-def test_top_p_over_a_large_vocabulary_keeps_the_plain_set(top_p: float, rng: np.random.Generator) -> None:
-    logits = rng.standard_normal(5000).astype(np.float32)  # flat: hundreds to thousands of tokens are needed
-    options = Sampling(temperature=1, top_p=top_p, seed=0)
-    wanted = plain_distribution(logits.tolist(), [], options)
+class Fixed:
+    """A random generator that always says the same."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self) -> float:
+        return self.value
+
+
+def draw(logits: np.ndarray, history: list[int], options: Sampling, uniform: float) -> int:
     sampler = Sampler(options)
-    drawn = {sampler.sample(logits, []) for _ in range(300)}
-    assert drawn <= set(wanted)
-    edges = []
+    sampler._random = Fixed(uniform)  # type: ignore[assignment]
+    return sampler.sample(logits, history)
 
-    class Fixed:
-        def __init__(self, value: float) -> None:
-            self.value = value
 
-        def random(self) -> float:
-            return self.value
+LARGE = {
+    "temperature": Sampling(temperature=0.7),
+    "cold": Sampling(temperature=0.01),
+    "hot": Sampling(temperature=100),
+    "top-k, few": Sampling(temperature=1, top_k=7),
+    "top-k, many": Sampling(temperature=1, top_k=700),
+    "top-k, all but one": Sampling(temperature=1, top_k=5122),
+    "top-p 0.01": Sampling(temperature=1, top_p=0.01),
+    "top-p 0.5": Sampling(temperature=1, top_p=0.5),
+    "top-p 0.9, hot": Sampling(temperature=5, top_p=0.9),
+    "min-p": Sampling(temperature=1, min_p=0.03),
+    "min-p 1": Sampling(temperature=1, min_p=1.0),
+    "top-k, min-p": Sampling(temperature=1.3, top_k=60, min_p=0.2),
+    "top-p, min-p cuts more": Sampling(temperature=1, top_p=0.99, min_p=0.1),
+    "top-p cuts more, min-p": Sampling(temperature=1, top_p=0.3, min_p=0.001),
+    "all": Sampling(temperature=0.8, top_k=300, top_p=0.9, min_p=0.01, repeat_penalty=1.3, repeat_last_n=-1),
+}
 
-    for value in (0.0, 1 - 2**-53):  # the first and the last candidate in the sampler's own order
-        sampler._random = Fixed(value)  # type: ignore[assignment]
-        edges.append(sampler.sample(logits, []))
-    ranked = sorted(wanted, key=lambda token: -wanted[token])
-    assert edges == [ranked[0], ranked[-1]]
+
+@pytest.mark.parametrize("step", [0.0, 0.5], ids=["all different", "many equal"])
+@pytest.mark.parametrize("name", LARGE)
+def test_every_token_of_a_large_vocabulary_has_its_plain_share(
+    name: str, step: float, rng: np.random.Generator
+) -> None:
+    """The middle of every token's share of the plain distribution, in the order of ids, draws that token."""
+    logits = (2 * rng.standard_normal(5123)).astype(np.float32)
+    if step:
+        logits = np.round(logits / step) * np.float32(step)
+    history = rng.integers(0, logits.size, 100).tolist()
+    wanted = dict(sorted(plain_distribution(logits.tolist(), history, LARGE[name]).items()))
+    edge, drawn, tried = 0.0, [], []
+    for token, share in wanted.items():
+        if share > 1e-4:  # what float32 tells apart with ease
+            tried.append(token)
+            drawn.append(draw(logits, history, LARGE[name], edge + share / 2))
+        edge += share
+    assert drawn == tried
+    assert edge == pytest.approx(1)
+    assert {draw(logits, history, LARGE[name], uniform) for uniform in (0.0, 1 - 2**-53)} <= set(wanted)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top-k, few", "top-p 0.5", "all"])
+def test_vocabulary_of_152_thousand(name: str, rng: np.random.Generator) -> None:
+    logits = (3 * rng.standard_normal(151_936)).astype(np.float32)
+    wanted = dict(sorted(plain_distribution(logits.tolist(), [1, 2], LARGE[name]).items()))
+    edges = np.cumsum(list(wanted.values()))
+    for uniform in rng.random(20):
+        token = draw(logits, [1, 2], LARGE[name], uniform)
+        place = list(wanted).index(token)
+        below = edges[place - 1] if place else 0.0
+        assert below - 1e-5 <= uniform <= edges[place] + 1e-5
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999, 0.999999])
+@pytest.mark.parametrize("flat", [0.0, 1.0, 10.0])
+def test_top_p_stops_where_the_share_is_reached(top_p: float, flat: float, rng: np.random.Generator) -> None:
+    """The least probable token that may be drawn, wherever its id puts it: moved to the end, it is drawn last."""
+    logits = np.sort(flat * rng.standard_normal(20_000).astype(np.float32))[::-1].copy()
+    logits[0] += 1e-3
+    weights = np.exp(logits.astype(np.float64) - float(logits[0]))
+    reached = np.cumsum(weights) / weights.sum()
+    last = draw(logits, [], Sampling(temperature=1, top_p=top_p), 1 - 2**-53)
+    # float32 may stop a token or two to the side where tokens are worth less than its last digit.
+    assert reached[last] >= top_p - 1e-6
+    assert last == 0 or reached[last - 1] <= top_p + 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
+def test_a_temperature_next_to_nothing_takes_the_best(temperature: float, rng: np.random.Generator) -> None:
+    logits = rng.standard_normal(1000).astype(np.float32)
+    with np.errstate(all="raise", under="ignore"):
+        for options in ({}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3}):
+            assert draw(logits, [], Sampling(temperature=temperature, **options), 0.999) == logits.argmax()
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = np.full(3000, -np.inf, np.float32)
+    logits[[700, 1400]] = 1.0
+    for options in ({}, {"top_p": 0.999}, {"min_p": 0.001}, {"top_k": 50}):
+        sampling = Sampling(temperature=1, **options)
+        assert [draw(logits, [], sampling, u) for u in (0, 0.49, 0.51, 1 - 2**-53)] == [700, 700, 1400, 1400]
 
 
 def test_greedy_takes_the_lowest_id_of_equals() -> None:

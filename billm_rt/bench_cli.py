@@ -1,0 +1,191 @@
+"""`billm-bench`: how fast a `.billm` file runs here, and what it takes."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from billm_format.command import add_common_options, emit_json, run_command
+from billm_format.errors import UsageError
+
+if TYPE_CHECKING:
+    from billm_rt.bench import Speed
+    from billm_rt.model import Model
+
+SCHEMA, SCHEMA_VERSION = "billm-bench", 1
+
+_EPILOG = """\
+examples:
+  billm-bench model.billm
+  billm-bench model.billm --prompt 64 --gen 32 --repeat 3 --threads 1 --json
+
+Each run starts from an empty context, as in llama-bench; the median counts. The machine's read bandwidth is the best of
+many passes over memory that exceeds its caches; a share above 100 % says that the weights stay in the caches. Keys and
+values are not counted as read: their part is a few percent at 128 tokens.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = argparse.ArgumentParser(
+        prog="billm-bench",
+        description="Measure how fast a .billm file reads prompts and decodes, and the memory it takes.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="FILE.billm", type=Path)
+    parser.add_argument(
+        "--prompt", type=_positive, default=512, metavar="N", help="tokens of the prompt (default: 512)"
+    )
+    parser.add_argument("--gen", type=_positive, default=128, metavar="N", help="tokens to decode (default: 128)")
+    parser.add_argument("--repeat", type=_positive, default=5, metavar="N", help="runs of each (default: 5)")
+    parser.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads (default: one per core)")
+    parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="8: faster, about one percent of perplexity worse (default: 16, all but exact)",
+    )
+    parser.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
+    add_common_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(build_parser(), run, argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print; see `build_parser` for the arguments."""
+    from billm_rt import bench
+
+    with _load(args) as model:
+        cache = model.new_cache()  # alive until the report is made, which counts it
+        with _progress(args, 2 * (args.repeat + 1)) as done:
+            speeds = bench.measure(model, cache, args.prompt, args.gen, args.repeat, done)
+        report = _report(model, *speeds, args)
+    if args.json:
+        emit_json(SCHEMA, SCHEMA_VERSION, report)
+    else:
+        _show(report)
+
+
+def _load(args: argparse.Namespace) -> "Model":
+    import billm_rt
+    from billm_format.reader import BillmFile
+
+    with BillmFile.open(args.model) as file:
+        longest = file.config.max_position_embeddings
+    for option, tokens in (("--prompt", args.prompt), ("--gen", args.gen)):
+        if tokens > longest:
+            raise UsageError(
+                f"{option} {tokens:,} exceeds the model's context of {longest:,} tokens: take that or less"
+            )
+    return billm_rt.load(
+        args.model,
+        args.device,
+        threads=args.threads,
+        ctx=max(args.prompt, args.gen),
+        activation_bits=args.activation_bits,
+    )
+
+
+@contextmanager
+def _progress(args: argparse.Namespace, runs: int) -> Iterator[Callable[[], None]]:
+    """Yield a callback that draws the runs done where stderr is a terminal."""
+    if args.quiet or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(args.model.name, total=runs)
+        yield lambda: bar.advance(task)
+
+
+def _report(model: "Model", prompt: "Speed", decode: "Speed", args: argparse.Namespace) -> dict[str, Any]:
+    from billm_rt import bench, cpu
+
+    memory = model.memory()
+    # Before the bandwidth's own memory comes in.
+    mapped = bench.resident_part(model.file.path)
+    in_file = model.file.nbytes if mapped is None else mapped
+    per_token = bench.weight_bytes_per_token(model.file)
+    bandwidth = bench.read_bandwidth(cpu.threads())
+    return {
+        "file": str(args.model),
+        "file_bytes": model.file.nbytes,
+        "prompt_tokens": prompt.tokens,
+        "prompt_tokens_per_s": prompt.median,
+        "prompt_samples": prompt.samples,
+        "decode_tokens": decode.tokens,
+        "decode_tokens_per_s": decode.median,
+        "decode_samples": decode.samples,
+        "load_seconds": model.load_seconds,
+        "resident_bytes": memory["rss"],
+        "memory": {
+            "file": in_file,
+            "kv_cache": memory["kv_cache"],
+            "rest": memory["rss"] - in_file - memory["kv_cache"],
+        },
+        "weight_bytes_per_token": per_token,
+        "read_bytes_per_s": bandwidth,
+        "bandwidth_share": per_token * decode.median / bandwidth,
+        "device": model.device,
+        "isa": model.isa,
+        "threads": cpu.threads(),
+        "activations": f"int{args.activation_bits}",
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    if report["isa"] == "numpy":
+        print("The native library is missing: right answers, many times slower.")
+    print(f"{Path(report['file']).name}, {_bytes(report['file_bytes'])}")
+    for what, value in _rows(report):
+        print(f"{what:<20} {value}")
+
+
+def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield f"prompt of {report['prompt_tokens']:,}", _speed(report["prompt_tokens_per_s"], report["prompt_samples"])
+    yield f"decoding {report['decode_tokens']:,}", _speed(report["decode_tokens_per_s"], report["decode_samples"])
+    read = report["weight_bytes_per_token"]
+    rate = read * report["decode_tokens_per_s"]
+    yield "weights per token", f"{_bytes(read)}, so {rate / 1e9:.2f} GB/s while decoding"
+    limit = report["read_bytes_per_s"] / 1e9
+    yield (
+        "memory reads",
+        f"{limit:.2f} GB/s by the same threads: decoding reaches {report['bandwidth_share']:.0%} of it",
+    )
+    memory = report["memory"]
+    parts = f"{_bytes(memory['file'])} file, {_bytes(memory['kv_cache'])} KV cache, {_bytes(memory['rest'])} rest"
+    yield "process, resident", f"{_bytes(report['resident_bytes'])}: {parts}"
+    yield "load time", f"{report['load_seconds']:.3f} s"
+    count = report["threads"]
+    threads = f"{count} thread{'s'[: count > 1]}"
+    yield "ran on", f"{report['device']} ({report['isa']}), {threads}, {report['activations']} activations"
+
+
+def _speed(median: float, samples: Sequence[float]) -> str:
+    text = f"{median:,.1f} tokens/s"
+    return f"{text}, median of {len(samples)} ({min(samples):,.1f} to {max(samples):,.1f})" if samples[1:] else text
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wanted at least 1, found {value}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
