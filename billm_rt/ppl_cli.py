@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from billm_format.command import add_common_options, emit_json, run_command
+from billm_format.command import add_common_options, emit_json, finite, run_command
 from billm_format.errors import UsageError
 from billm_format.layout import KINDS
 from billm_format.reader import BillmFile
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         if args.against is not None:
             report |= _compare(model, report["perplexity"], parts, args, notes)
     if args.json:
-        emit_json(SCHEMA, SCHEMA_VERSION, _finite(report))
+        emit_json(SCHEMA, SCHEMA_VERSION, finite(report))
     else:
         _show(report)
 
@@ -264,13 +264,6 @@ def _compare(
         mean, stderr = divergence.mean()
         report |= {"kl": mean, "kl_stderr": stderr, "top1": divergence.top1}
     return {"against": report, "ratio": ours / result.perplexity}
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with every number that JSON cannot hold (a perplexity beyond float64, say) as null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- printing ------------------------------------------------------------------------------------------------------

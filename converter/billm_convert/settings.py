@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from billm_format.command import finite
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
 
@@ -109,12 +110,9 @@ class CheckReport:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record; a number beyond float64 is null: JSON has no word for it."""
-
-        def known(value: object) -> bool:
-            return not isinstance(value, float) or math.isfinite(value)
-
-        return {key: value if known(value) else None for key, value in vars(self).items()}
+        """Return the record."""
+        record: dict[str, Any] = finite(vars(self))
+        return record
 
 
 @dataclass(frozen=True)
