@@ -1,10 +1,12 @@
-"""The full-precision model on the same windows, through transformers: the only place here that imports torch.
+"""The full-precision model on the same text, through transformers: the only place here that imports torch.
 
-Call it only when asked for (`billm-ppl --against`): the imports take seconds and their memory counts as the process's.
+Call it only when asked for (`billm-ppl --against`, `billm-eval MODEL_DIR`): the imports take seconds and their memory
+counts as the process's.
 """
 
 import contextlib
 import dataclasses
+import inspect
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import numpy as np
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_rt.ppl import Divergence, Float32, Ids, Progress, ProtocolName, Result, Scorer, chunk_rows, measure, paired
 
+_LONGEST = 4096  # tokens that a zero-shot context may have; a `.billm` model's default context
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 
@@ -34,30 +37,58 @@ def load(path: Path, vocab_size: int, threads: int | None = None) -> Reference:
     Raises UsageError when a package is missing, the path is no such model or its vocabulary has another size than
     `vocab_size` (its tokens would mean something else), DoesNotFitError when it is larger than the free memory.
     """
+    loaded = _load(path, f"--against {path}", threads, vocab_size)
+    return Reference(_scorer(loaded.torch, loaded.model), _file_bytes(path), loaded.weights_bytes)
+
+
+def load_reader(path: Path, threads: int | None = None) -> "TransformersReader":
+    """Load a model as `load` does, with its own tokenizer, to score zero-shot tasks with it."""
+    loaded = _load(path, str(path), threads, None)
+    try:
+        tokenizer = loaded.transformers.AutoTokenizer.from_pretrained(**_where(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path}: transformers cannot load its tokenizer ({error})") from error
+    return TransformersReader(loaded, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    torch: Any  # the modules
+    transformers: Any
+    model: Any
+    weights_bytes: int
+
+
+def _load(path: Path, named: str, threads: int | None, vocab_size: int | None) -> _Loaded:
+    """Load the model at `path`, which messages call `named`; see `load`."""
     if not path.exists():
-        raise UsageError(f"--against {path}: no such model directory or .gguf file")
+        raise UsageError(f"{named}: no such model directory or .gguf file")
     if path.is_file() and path.suffix != ".gguf":
-        raise UsageError(f"--against {path}: wanted a Hugging Face model directory or a .gguf file")
-    torch, transformers = _import()
+        raise UsageError(f"{named}: wanted a Hugging Face model directory or a .gguf file")
+    torch, transformers = _import(named)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
-    where = {"pretrained_model_name_or_path": path, "local_files_only": True}
-    if path.is_file():
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a progress bar that no setting turns off
-            config = transformers.AutoConfig.from_pretrained(**where)
+            config = transformers.AutoConfig.from_pretrained(**_where(path))
             weights_bytes = 4 * _count_parameters(torch, transformers, config)
-            _check(path, config.vocab_size, vocab_size, weights_bytes)
-            model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+            _check(named, config.vocab_size, vocab_size, weights_bytes)
+            model = transformers.AutoModelForCausalLM.from_pretrained(**_where(path), dtype=torch.float32).eval()
     except ImportError as error:
-        raise _missing(error) from None
+        raise _missing(named, error) from None
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:  # all that from_pretrained throws
         reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"--against {path}: transformers cannot load it ({type(error).__name__}: {reason})") from error
-    return Reference(_scorer(torch, model), _file_bytes(path), weights_bytes)
+        raise UsageError(f"{named}: transformers cannot load it ({type(error).__name__}: {reason})") from error
+    return _Loaded(torch, transformers, model, weights_bytes)
+
+
+def _where(path: Path) -> dict[str, Any]:
+    """Return the arguments by which transformers finds a model."""
+    if path.is_file():
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
+    return {"pretrained_model_name_or_path": path, "local_files_only": True}
 
 
 def evaluate(
@@ -81,18 +112,18 @@ def evaluate(
     return dataclasses.replace(result, seconds=seconds, tokens_per_s=read / seconds)
 
 
-def _import() -> tuple[Any, Any]:
+def _import(named: str) -> tuple[Any, Any]:
     try:
         import torch
         import transformers
     except ImportError as error:
-        raise _missing(error) from None
+        raise _missing(named, error) from None
     return torch, transformers
 
 
-def _missing(error: ImportError) -> UsageError:
+def _missing(named: str, error: ImportError) -> UsageError:
     what = error.name or " ".join(str(error).split())[:200]
-    return UsageError(f"--against needs packages that are not installed ({what}): pip install 'billm-rt[convert]'")
+    return UsageError(f"{named} needs packages that are not installed ({what}): pip install 'billm-rt[convert]'")
 
 
 def _count_parameters(torch: Any, transformers: Any, config: Any) -> int:
@@ -101,18 +132,18 @@ def _count_parameters(torch: Any, transformers: Any, config: Any) -> int:
     return sum(parameter.numel() for parameter in skeleton.parameters())
 
 
-def _check(path: Path, found: int, wanted: int, weights_bytes: int) -> None:
+def _check(named: str, found: int, wanted: int | None, weights_bytes: int) -> None:
     import psutil
 
-    if found != wanted:
+    if wanted is not None and found != wanted:
         raise UsageError(
-            f"--against {path} has a vocabulary of {found} tokens, the .billm file one of {wanted}: "
+            f"{named} has a vocabulary of {found} tokens, the .billm file one of {wanted}: "
             "give the model that the file was converted from"
         )
     free = psutil.virtual_memory().available
     if weights_bytes > free:
         raise DoesNotFitError(
-            f"--against {path}: its weights take {weights_bytes / 1e9:.1f} GB in float32, "
+            f"{named}: its weights take {weights_bytes / 1e9:.1f} GB in float32, "
             f"but {free / 1e9:.1f} GB of memory are free: measure it on a larger machine"
         )
 
@@ -130,6 +161,48 @@ def _scorer(torch: Any, model: Any) -> Scorer:
                 yield head(hidden[start : start + rows]).numpy()
 
     return score
+
+
+class TransformersReader:
+    """A model of transformers as an `eval_score.Reader`."""
+
+    def __init__(self, loaded: _Loaded, tokenizer: Any) -> None:
+        """Hold nothing yet."""
+        self.tokens: list[int] = []
+        self._torch, self._model, self._tokenizer = loaded.torch, loaded.model, tokenizer
+        self._new_cache = loaded.transformers.DynamicCache
+        self._cache = self._new_cache()
+        forward = inspect.signature(loaded.model.base_model.forward).parameters
+        self._cache_argument = "cache" if "cache" in forward else "past_key_values"  # its old name
+        config = loaded.model.config
+        # A cache that has begun to slide cannot be cut back.
+        window = getattr(config, "sliding_window", None) or _LONGEST + 1
+        self.max_length = min(config.max_position_embeddings, _LONGEST, window - 1)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the text's tokens."""
+        ids: list[int] = self._tokenizer(text).input_ids
+        return ids
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        surplus = len(self.tokens) - length
+        if length == 0:
+            self._cache = self._new_cache()
+        elif surplus > 0:
+            self._cache.crop(-surplus)
+        del self.tokens[length:]
+
+    def read(self, token_ids: list[int], *, logits: bool) -> Float32 | None:
+        """Read tokens behind those held; return float32 [tokens, vocab_size] if wanted."""
+        with self._torch.inference_mode():
+            ids = self._torch.tensor([token_ids])
+            output = self._model.base_model(input_ids=ids, use_cache=True, **{self._cache_argument: self._cache})
+            self.tokens += token_ids
+            if not logits:
+                return None
+            result: Float32 = self._model.get_output_embeddings()(output.last_hidden_state[0]).numpy()
+            return result
 
 
 def _file_bytes(path: Path) -> int:

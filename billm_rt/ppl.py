@@ -190,7 +190,7 @@ def _exp(x: float) -> float:
 class Divergence:
     """How far the distributions of one model are from those of a reference, token by token."""
 
-    kl: list[Float64] = field(default_factory=list)  # Kullback-Leibler divergence from the reference, nats
+    kl: list[Float64] = field(default_factory=list)  # per window, Kullback-Leibler from the reference, nats a token
     same_top: int = 0  # tokens where both models' most likely tokens agree
     seconds: float = 0.0  # spent on the other model and on the comparison
 
@@ -199,19 +199,30 @@ class Divergence:
         """Tokens compared."""
         return sum(map(len, self.kl))
 
+    @property
+    def top1(self) -> float:
+        """The share of tokens where both models' most likely tokens agree."""
+        return self.same_top / self.tokens
+
     def mean(self) -> tuple[float, float]:
-        """Return the mean divergence and its standard error, tokens taken as independent."""
-        values = np.concatenate(self.kl)
-        return float(values.mean()), _standard_error(values)
+        """Return the mean divergence of a token and its standard error over windows, see `summarize`."""
+        over_windows = _standard_error(np.array([window.mean() for window in self.kl]))
+        return float(np.concatenate(self.kl).mean()), over_windows
+
+    def begin_window(self) -> None:
+        """Count what is added from now on to a window of its own."""
+        self.kl.append(np.empty(0))
 
     def add(self, reference: Float32, other: Float32) -> None:
-        """Compare logits float32 [n, vocab_size] of the same positions."""
+        """Compare logits float32 [n, vocab_size] of the same positions of the window begun last."""
         out = np.empty(len(reference), np.float64)
         for start in range(0, len(reference), 8):
             p = _log_softmax(reference[start : start + 8])
             q = _log_softmax(other[start : start + 8])
-            out[start : start + 8] = (np.exp(p) * (p - q)).sum(axis=1)
-        self.kl.append(out)
+            share = np.exp(p)
+            # A token that the reference rules out (-inf) adds nothing, whatever the other model thinks of it.
+            out[start : start + 8] = np.multiply(share, p - q, where=share > 0, out=np.zeros_like(p)).sum(axis=1)
+        self.kl[-1] = np.append(self.kl[-1], out)
         self.same_top += int((reference.argmax(axis=1) == other.argmax(axis=1)).sum())
 
 
@@ -223,9 +234,13 @@ def _log_softmax(logits: Float32) -> Float64:
 
 
 def paired(reference: Scorer, other: Scorer, divergence: Divergence) -> Scorer:
-    """Return the reference's scorer with `other` running beside it, chunk by chunk; differences go to `divergence`."""
+    """Return the reference's scorer with `other` running beside it, chunk by chunk; differences go to `divergence`.
+
+    Both must yield chunks of the same sizes. No more than one chunk of each model's logits is in memory.
+    """
 
     def score(window: Ids, first: int) -> Iterator[Float32]:
+        divergence.begin_window()
         others = other(window, first)
         for logits in reference(window, first):
             start = time.perf_counter()

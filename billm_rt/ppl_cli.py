@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from billm_format.command import add_common_options, emit_json, run_command
+from billm_format.command import add_common_options, emit_json, finite, run_command
 from billm_format.errors import UsageError
 from billm_format.layout import KINDS
 from billm_format.reader import BillmFile
@@ -56,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--against", metavar="MODEL", type=Path, help="Hugging Face directory or .gguf: measure it on the same windows"
     )
     parser.add_argument(
-        "--kl", action="store_true", help="with --against: also compare both models token by token (reads twice)"
+        "--kl",
+        action=argparse.BooleanOptionalAction,
+        help="with --against: also compare both models token by token, reading the file's a second time (default: yes)",
     )
     parser.add_argument(
         "--activation-bits",
@@ -96,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         if args.against is not None:
             report |= _compare(model, report["perplexity"], parts, args, notes)
     if args.json:
-        emit_json(SCHEMA, SCHEMA_VERSION, _finite(report))
+        emit_json(SCHEMA, SCHEMA_VERSION, finite(report))
     else:
         _show(report)
 
@@ -248,8 +250,8 @@ def _compare(
     from billm_rt import against
 
     reference: Reference = against.load(args.against, model.config.vocab_size, args.threads)
-    divergence = ppl.Divergence() if args.kl else None
-    other = ppl.model_scorer(model)[0] if args.kl else None
+    divergence = ppl.Divergence() if args.kl is not False else None
+    other = ppl.model_scorer(model)[0] if divergence else None
     with notes.progress(args.against.name) as progress:
         result = against.evaluate(reference, parts, args.protocol, progress, divergence, other)
     report: dict[str, Any] = {
@@ -260,15 +262,8 @@ def _compare(
     }
     if divergence is not None:
         mean, stderr = divergence.mean()
-        report |= {"kl": mean, "kl_stderr": stderr, "same_top": divergence.same_top / divergence.tokens}
+        report |= {"kl": mean, "kl_stderr": stderr, "top1": divergence.top1}
     return {"against": report, "ratio": ours / result.perplexity}
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with every number that JSON cannot hold (a perplexity beyond float64, say) as null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- printing ------------------------------------------------------------------------------------------------------
@@ -293,8 +288,8 @@ def _quality_rows(report: dict[str, Any]) -> Iterator[Row]:
     if other:
         yield "ratio", f"{_number(report['ratio'])} × full precision", ""
     if other and "kl" in other:
-        yield "KL divergence", f"{other['kl']:.4f} ± {other['kl_stderr']:.4f} nats per token", ""
-        yield "same first choice", f"{other['same_top']:.1%} of the tokens", ""
+        yield "KL divergence", f"{_number(other['kl'])} ± {_number(other['kl_stderr'])} nats per token", ""
+        yield "same first choice", f"{other['top1']:.1%} of the tokens", ""
     yield _row("tokens scored", lambda r: f"{r['tokens']:,}", report, other)
     yield _row("tokens/s", lambda r: f"{r['tokens_per_s']:,.1f}", report, other)
 

@@ -68,6 +68,7 @@ def load(name_or_path: str, split: Split) -> Text:
 
 
 _Ids = TypeVar("_Ids", bound=Any)
+_Row = TypeVar("_Row")
 
 
 def windows(token_ids: _Ids, seqlen: int, limit: int | None = None) -> list[_Ids]:
@@ -136,38 +137,49 @@ def _named(name: str, split: Split) -> Text:
     source = _source(name, split)
     if source is None:
         raise UsageError(f"{name} has no {split} split; it has: train")
+    for stem, remark in source.files:
+        if path := data_file(stem):
+            rows = tuple(islice(read_rows(path, source.row), source.limit))
+            return Text(source.title + remark.format(n=f"{len(rows):,}"), rows, source.joiner)
+    instead = f", or give a text file or pydoc instead of {name}"
+    loaded = hub_rows(source.title, source.files[0][0], source.hub, source.hub_options, instead)
+    rows = tuple(str(row[source.column]) for row in islice(loaded, source.limit))
+    remark = f", first {len(rows):,} documents" if source.limit else ""
+    return Text(source.title + remark, rows, source.joiner)
+
+
+def data_file(stem: str) -> Path | None:
+    """Return the file `stem`, gzipped or not, in the folder that BILLM_DATA names, None where it is not there."""
     folder = os.environ.get(DATA_VARIABLE)
-    if folder:
-        for stem, remark in source.files:
-            for path in (Path(folder, stem + ".gz"), Path(folder, stem)):
-                if path.is_file():
-                    rows = tuple(islice(_rows(path, source.row), source.limit))
-                    return Text(source.title + remark.format(n=f"{len(rows):,}"), rows, source.joiner)
-    return _from_hub(name, source, folder)
+    candidates = (Path(folder, stem + ".gz"), Path(folder, stem)) if folder else ()
+    return next((path for path in candidates if path.is_file()), None)
 
 
-def _from_hub(name: str, source: _Source, folder: str | None) -> Text:
-    first = source.files[0][0] + ".gz"
+def hub_rows(
+    title: str, stem: str, hub: tuple[str, ...], options: dict[str, Any], instead: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows that `datasets.load_dataset(*hub, **options)` gives, for want of the file `stem`.
+
+    Raises UsageError naming both ways to have them, and `instead`, a third.
+    """
+    folder, first = os.environ.get(DATA_VARIABLE), stem + ".gz"
     by_folder = f"put {first} in the folder that the environment variable {DATA_VARIABLE} names"
     found = f"{DATA_VARIABLE}={folder} has no {first}" if folder else f"{DATA_VARIABLE} is not set"
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise UsageError(
-            f"{source.title} is not at hand ({found}, and the `datasets` library is not installed): {by_folder}, "
-            f"or `pip install datasets`, or give a text file or pydoc instead of {name}"
+            f"{title} is not at hand ({found}, and the `datasets` library is not installed): {by_folder}, "
+            f"or `pip install datasets`{instead}"
         ) from None
     try:
-        loaded = datasets.load_dataset(*source.hub, **source.hub_options)
-        rows = tuple(str(row[source.column]) for row in islice(loaded, source.limit))
+        yield from datasets.load_dataset(*hub, **options)
     except Exception as error:  # whatever a hub, a network or a loading script can throw
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"{source.title} could not be loaded through `datasets` ({type(error).__name__}: {reason}) and {found}: "
-            f"{by_folder}, or give a text file or pydoc instead of {name}"
+            f"{title} could not be loaded through `datasets` ({type(error).__name__}: {reason}) and {found}: "
+            f"{by_folder}{instead}"
         ) from error
-    remark = f", first {len(rows):,} documents" if source.limit else ""
-    return Text(source.title + remark, rows, source.joiner)
 
 
 # --- from a file ---------------------------------------------------------------------------------------------------
@@ -181,12 +193,15 @@ def _from_file(path: Path) -> Text:
         raise UsageError(f"{path} is a folder; give a .txt or .jsonl file, gzipped or not")
     stem = path.name.removesuffix(".gz")
     if stem.endswith(".jsonl"):
-        return Text(path.name, tuple(_rows(path, _jsonl_text, skip_blank=True)), "\n\n")
+        return Text(path.name, tuple(read_rows(path, _jsonl_text, skip_blank=True)), "\n\n")
     return Text(path.name, ("".join(_lines(path)),), "")
 
 
-def _rows(path: Path, row: Callable[[str], str], *, skip_blank: bool = False) -> Iterator[str]:
-    """Yield one row a line; UsageError names the line that is none."""
+def read_rows(path: Path, row: Callable[[str], _Row], *, skip_blank: bool = False) -> Iterator[_Row]:
+    """Yield `row` of every line of a text file, gzipped or not.
+
+    UsageError for a file that is no such text, and naming the line for which `row` raises ValueError.
+    """
     for number, line in enumerate(_lines(path), start=1):
         if skip_blank and not line.strip():
             continue

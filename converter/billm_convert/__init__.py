@@ -2,10 +2,10 @@
 
 from os import PathLike
 
-from billm_convert.settings import ConvertReport, ConvertSettings, Event, LinearReport, Progress
+from billm_convert.settings import CheckReport, ConvertReport, ConvertSettings, Event, LinearReport, Progress
 from billm_format.errors import UsageError
 
-__all__ = ["ConvertReport", "ConvertSettings", "Event", "LinearReport", "Progress", "convert"]
+__all__ = ["CheckReport", "ConvertReport", "ConvertSettings", "Event", "LinearReport", "Progress", "convert"]
 
 
 def convert(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from billm_convert import resources
+from billm_convert import gate, resources
 from billm_convert.block import DecoderBlock, Rotary, embed, input_groups
 from billm_convert.calibration import choose_text, describe, draw_windows
 from billm_convert.embedding import EmbeddingTable, to_float16
@@ -21,6 +21,7 @@ from billm_convert.settings import (
     CPU_CALIBRATION,
     GPU_CALIBRATION,
     SELF,
+    CheckReport,
     ConvertReport,
     ConvertSettings,
     Event,
@@ -37,6 +38,7 @@ from billm_format.layout import CHAT_TEMPLATE, TOKENIZER
 from billm_format.packing import PackedLinear
 from billm_format.reader import BillmFile
 from billm_format.writer import Source, write_file
+from billm_rt.texts import Text
 
 _BATCH_TOKENS = 4096  # tokens run through a block at once: bounds the memory of its inner activations
 
@@ -77,6 +79,7 @@ class Conversion:
         self.text, note = choose_text(settings.calib)
         if note:
             self.say(note)
+        self.held_out = self._held_out_text()
         self.quantization = Quantization(settings.block_size, embedding_bits=settings.embedding_bits)
         self.embedding = EmbeddingTable(self.source, "embed", settings.embedding_bits)
         self.memory = resources.memory_plan(
@@ -351,7 +354,26 @@ class Conversion:
         value: NDArray[np.float32] = self.source.tensor(name).numpy()
         return value
 
+    def _held_out_text(self) -> Text | None:
+        """Return what the finished file is checked on; None: it is not, because of --no-check or for want of a text."""
+        if not self.settings.check:
+            return None
+        try:
+            return gate.held_out_text(self.text.choice)
+        except UsageError as error:
+            if self.settings.max_ppl_ratio is not None:
+                raise
+            self.say(f"the result will not be checked against the original: {error}")
+            return None
+
+    def _check(self) -> CheckReport | None:
+        if self.held_out is None:
+            return None
+        self._progress(Event("checking", 0, 1))
+        return gate.check(self.source, self.out, self.held_out, self.settings, self.device)
+
     def _report(self, started: float, record: dict[str, Any], size: int, resumed: int) -> ConvertReport:
+        check = self._check()
         with BillmFile.open(self.out) as file:
             paper, true = file.bits()
         return ConvertReport(
@@ -368,6 +390,7 @@ class Conversion:
             device_peak_bytes=resources.device_peak_bytes(self.device),
             memory=self.memory,
             resumed_blocks=resumed,
+            check=check,
         )
 
     def _already_done(self, started: float) -> ConvertReport:

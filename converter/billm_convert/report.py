@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from billm_convert.settings import ConvertReport, Event, LinearReport
+from billm_convert.settings import CheckReport, ConvertReport, Event, LinearReport
 
-_LABELS = {"sampling": "sampling text", "blocks": "binarizing", "writing": "writing"}
+_LABELS = {"sampling": "sampling text", "blocks": "binarizing", "writing": "writing", "checking": "checking"}
 _LEAST_SHARE = 0.01  # of the work, before its speed says anything about the rest
 
 
@@ -126,12 +126,23 @@ def print_result(report: ConvertReport, *, table: bool) -> None:
     console.print(
         f"relative output error {geometric_mean(report.layers):.4f} (geometric mean of {len(report.layers)} Linears)"
     )
+    if report.check:
+        console.print(check_text(report.check), markup=False)
     if not table:
         return
     used = report.calibration
     windows = f"{used['nsamples']} x {used['seqlen']:,} tokens, seed {used['seed']}"
     console.print(f"calibrated on {used['name']}: {windows}", markup=False)
     console.print(f"{duration(report.seconds)} on {report.device}; {memory_line(report)}", markup=False)
+
+
+def check_text(check: CheckReport) -> str:
+    """Return the perplexities, and what follows from them where the model has collapsed."""
+    found = (
+        f"perplexity {check.perplexity:,.2f}, the original's {check.original:,.2f}, ratio {check.ratio:,.2f} "
+        f"({check.text}, {check.windows} windows of {check.seqlen:,} tokens)"
+    )
+    return f"{found}\n{check.advice}" if check.advice else found
 
 
 def memory_line(report: ConvertReport) -> str:

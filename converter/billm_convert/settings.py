@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from billm_format.command import finite
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
 
@@ -33,6 +34,8 @@ class ConvertSettings:
     threads: int | None = None
     resume: bool = False
     force: bool = False
+    check: bool = True  # measure a short perplexity beside the original's when the file is whole
+    max_ppl_ratio: float | None = None  # of the perplexities: beyond it the command fails
 
     def __post_init__(self) -> None:
         """Raise UsageError, naming the option, for a value that cannot work."""
@@ -53,6 +56,10 @@ class ConvertSettings:
                 raise UsageError(f"--{option}: wanted {least} or more, found {value}")
         if self.embedding_bits not in (8, 16):
             raise UsageError(f"--embedding-bits: wanted 8 or 16, found {self.embedding_bits}")
+        if self.max_ppl_ratio is not None and not self.max_ppl_ratio > 0:
+            raise UsageError(f"--max-ppl-ratio: wanted a number above 0, found {self.max_ppl_ratio:g}")
+        if self.max_ppl_ratio is not None and not self.check:
+            raise UsageError("--max-ppl-ratio bounds what --no-check leaves out: give one of them")
         if self.resume and self.force:
             raise UsageError("--resume goes on with a started conversion and --force starts over: give one of them")
 
@@ -78,7 +85,7 @@ class LinearReport:
 class Event:
     """One step of progress: `done` of `total`, fractions of a block included, or something to say."""
 
-    stage: Literal["note", "sampling", "blocks", "writing"]
+    stage: Literal["note", "sampling", "blocks", "writing", "checking"]
     done: float = 0.0
     total: float = 0.0
     text: str = ""
@@ -86,6 +93,26 @@ class Event:
 
 
 Progress = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Perplexities of the file and of its original on the same windows of text that calibration did not see."""
+
+    text: str
+    windows: int
+    seqlen: int  # tokens in each window
+    perplexity: float  # of the file
+    original: float
+    ratio: float  # perplexity / original
+    collapsed: bool  # beyond `gate.COLLAPSE_RATIO`
+    advice: str | None  # what to try where it is
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record."""
+        record: dict[str, Any] = finite(vars(self))
+        return record
 
 
 @dataclass(frozen=True)
@@ -105,10 +132,12 @@ class ConvertReport:
     device_peak_bytes: int | None
     memory: dict[str, int]  # what the peak is made of, as computed
     resumed_blocks: int = 0
+    check: CheckReport | None = None  # None: left out
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that `--json` prints."""
         out = {key: value for key, value in vars(self).items() if not key.startswith("bits_")}
         out["bits"] = {"paper": self.bits_paper, "true": self.bits_true}
         out["layers"] = [layer.to_json() for layer in self.layers]
+        out["check"] = self.check.to_json() if self.check else None
         return out

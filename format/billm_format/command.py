@@ -6,6 +6,7 @@ A command is a parser, a pure function and a `main` of a few lines that hands bo
 import argparse
 import errno
 import json
+import math
 import os
 import sys
 import traceback
@@ -34,6 +35,13 @@ def emit_json(schema: str, version: int, payload: dict[str, Any]) -> None:
     """Print `payload` as one JSON object on stdout, preceded by its schema's name and version."""
     json.dump({"schema": schema, "version": version, **payload}, sys.stdout, ensure_ascii=False, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with every number that JSON cannot hold (a perplexity beyond float64, say) as null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_command(

@@ -160,10 +160,11 @@ def test_progress_sees_every_window_and_the_running_perplexity(rng: np.random.Ge
     assert seen[0][1] == pytest.approx(first.perplexity)
 
 
-def test_divergence_equals_a_loop_over_probabilities(rng: np.random.Generator) -> None:
+def test_divergence_equals_a_loop_over_probabilities(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     reference_model, other_model = FakeModel(rng, 20), FakeModel(rng, 20)
-    parts = ppl.cut(rng.integers(0, 20, 60), 30, None, "paper")
+    parts = ppl.cut(rng.integers(0, 20, 90), 30, None, "paper")
     divergence = ppl.Divergence()
+    monkeypatch.setattr(ppl, "_CHUNK_BYTES", 4 * 20 * 16)  # two chunks a window
     scorer = ppl.paired(ppl.model_scorer(reference_model)[0], ppl.model_scorer(other_model)[0], divergence)
     result = ppl.measure(parts, scorer, "paper")
     assert result.nll == ppl.measure(parts, ppl.model_scorer(reference_model)[0], "paper").nll
@@ -175,16 +176,34 @@ def test_divergence_equals_a_loop_over_probabilities(rng: np.random.Generator) -
             same += p.index(max(p)) == q.index(max(q))
     mean, stderr = divergence.mean()
     assert mean == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    assert stderr == pytest.approx(np.std(expected, ddof=1) / math.sqrt(len(expected)), rel=1e-5)
-    assert (divergence.same_top, divergence.tokens) == (same, len(expected))
+    assert stderr == pytest.approx(standard_error([sum(expected[i : i + 29]) / 29 for i in (0, 29, 58)]), rel=1e-4)
+    assert divergence.tokens == len(expected)
+    assert divergence.top1 == same / len(expected)
+    assert max(model.largest_chunk for model in (reference_model, other_model)) == 16
 
 
 def test_divergence_of_a_model_from_itself_is_nothing(rng: np.random.Generator) -> None:
     logits = (rng.normal(0, 50, (9, 300))).astype(np.float32)
     divergence = ppl.Divergence()
+    divergence.begin_window()
     divergence.add(logits, logits + np.float32(3))  # a constant does not change a distribution
     assert abs(divergence.mean()[0]) < 1e-5
-    assert divergence.same_top == 9
+    assert math.isnan(divergence.mean()[1])  # one window tells nothing about others
+    assert divergence.top1 == 1
+
+
+def test_a_token_that_the_reference_rules_out_does_not_count(rng: np.random.Generator) -> None:
+    reference, other = rng.normal(0, 3, (2, 5, 40)).astype(np.float32)
+    masked = reference.copy()
+    masked[:, 7] = -np.inf
+    divergence = ppl.Divergence()
+    divergence.begin_window()
+    divergence.add(masked, other)
+    expected = []
+    for row, other_row in zip(reference, other, strict=True):
+        p, q = softmax(np.delete(row, 7)), np.delete(softmax(other_row), 7)
+        expected.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    assert divergence.kl[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
