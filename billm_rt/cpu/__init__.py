@@ -108,19 +108,22 @@ if _reason is None:
     atexit.register(_native.set_threads, 1)  # joins the others before the interpreter goes
 
 
-def quantize(x: NDArray[np.float32], block: int, col_scale: NDArray[np.float32] | None = None) -> QuantizedActivations:
-    """Quantize x [tokens, cols] (times col_scale [cols], if given) to int8, with a scale per token and block.
+def quantize(
+    x: NDArray[np.float32], block: int, col_scale: NDArray[np.float32] | None = None, bits: int = 16
+) -> QuantizedActivations:
+    """Quantize x [tokens, cols] (times col_scale [cols], if given) to int16, with a scale per token and block.
 
-    scale = absmax / 127, value = x / scale rounded half to even; a block of zeros has the scale 0, one that holds an
-    infinity or NaN the scale NaN. TypeError for a wrong dtype, ValueError for a wrong shape or block size.
+    scale = absmax / top, value = x / scale rounded half to even, with the largest value `top` 127 for 8 `bits` and
+    127 * 256 + 127 for 16; a block of zeros has the scale 0, one that holds an infinity or NaN the scale NaN.
+    TypeError for a wrong dtype, ValueError for a wrong shape, block size or number of bits.
     """
     if _reason:
-        return fallback.quantize(x, block, col_scale)
+        return fallback.quantize(x, block, col_scale, bits)
     tokens, cols = x.shape if x.ndim == 2 and block > 0 else (0, 1)
-    values = np.empty((tokens, cols), np.int8)
+    values = np.empty((tokens, cols), np.int16)
     scales = np.empty((tokens, num_blocks(cols, max(block, 1))), np.float32)
-    _native.quantize(x, col_scale, block, values, scales)
-    return QuantizedActivations(values, scales, block)
+    _native.quantize(x, col_scale, block, bits, values, scales)
+    return QuantizedActivations(values, scales, block, bits)
 
 
 _checked: "weakref.WeakKeyDictionary[PackedLinear, _native.BinaryLinear]" = weakref.WeakKeyDictionary()
@@ -157,7 +160,7 @@ def binary_linear(
         return fallback.binary_linear(weight, x, row_scale)
     linear = _checked.get(weight) or _check_weight(weight)
     out = np.empty((x.values.shape[0], weight.rows), np.float32)
-    linear.multiply(x.values, x.scales, out, row_scale)
+    linear.multiply(x.values, x.scales, x.bits, out, row_scale)
     return out
 
 
@@ -171,5 +174,5 @@ def int8_linear(
     if _reason:
         return fallback.int8_linear(weight, scale, x)
     out = np.empty((x.values.shape[0], weight.shape[0]), np.float32)
-    _native.int8_linear(weight, scale, x.values, x.scales, x.block, out)
+    _native.int8_linear(weight, scale, x.values, x.scales, x.block, x.bits, out)
     return out

@@ -26,8 +26,9 @@ class BinaryLinear:
     ) -> BinaryLinear: ...
     def multiply(
         self,
-        values: NDArray[np.int8],
+        values: NDArray[np.int16],
         x_scales: NDArray[np.float32],
+        bits: int,
         out: NDArray[np.float32],
         row_scale: NDArray[np.float32] | None,
         /,
@@ -36,9 +37,10 @@ class BinaryLinear:
 def int8_linear(
     weight: NDArray[np.int8],
     scale: NDArray[Any],
-    values: NDArray[np.int8],
+    values: NDArray[np.int16],
     x_scales: NDArray[np.float32],
     block: int,
+    bits: int,
     out: NDArray[np.float32],
     /,
 ) -> None: ...
@@ -46,7 +48,8 @@ def quantize(
     x: NDArray[np.float32],
     col_scale: NDArray[np.float32] | None,
     block: int,
-    values: NDArray[np.int8],
+    bits: int,
+    values: NDArray[np.int16],
     scales: NDArray[np.float32],
     /,
 ) -> None: ...

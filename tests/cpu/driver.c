@@ -46,6 +46,7 @@ struct problem {
     struct billm_weight binary, int8;
     struct billm_tokens x;
     struct billm_epilogue epilogue;
+    size_t out_stride, out_floats;
 };
 
 static const size_t edges[] = {1,   8,   31,  32,  33,  40,  63,  64,  65,  96,  127,
@@ -64,25 +65,37 @@ static void fill_floats(struct guarded *block, size_t count) {
         ((float *)block->data)[i] = ((float)below(20001) - 10000.0f) / 4096.0f;
 }
 
+/* Activations: all at one end of the range, or at random, many of them where the low byte is -128 or next to it. */
+static void fill_values(struct guarded *block, size_t count, int bits, int extreme) {
+    *block = guarded_alloc(count * sizeof(int16_t));
+    int32_t top = billm_top(bits), same = below(2) ? top : -top;
+    for (size_t i = 0; i < count; i++) {
+        int32_t value = (int32_t)below((size_t)(2 * top + 1)) - top;
+        if (bits == 16 && below(4) == 0)
+            value = 256 * ((int32_t)below(254) - 127) + 126 + (int32_t)below(5);
+        ((int16_t *)block->data)[i] = (int16_t)(extreme ? same : value > top ? top : value < -top ? -top : value);
+    }
+}
+
 static void make(struct problem *p) {
     size_t rows = 1 + below(below(8) ? 20 : 90), cols = edges[below(sizeof edges / sizeof *edges)];
     size_t block = (size_t)32 << below(4), tokens = token_counts[below(sizeof token_counts / sizeof *token_counts)];
     size_t blocks = (cols + block - 1) / block, stride = (cols + 31) / 32 * 4;
+    int bits = below(2) ? 8 : 16;
     int extreme = below(4) == 0; /* everything at the end of its range: sums must not overflow or saturate */
     fill_bytes(&p->memory[SIGN], rows * stride, extreme, 0xff);
     fill_bytes(&p->memory[SECOND], rows * stride, extreme, below(2) ? 0xff : 0);
     fill_bytes(&p->memory[SALIENT], stride, extreme, below(2) ? 0xff : 0);
     fill_bytes(&p->memory[SCALES], rows * blocks * 4, extreme, 0xff);
     fill_bytes(&p->memory[VALUES], rows * cols, extreme, 0x80);
-    fill_bytes(&p->memory[X], tokens * cols, extreme, below(2) ? 127 : 0x81);
-    int8_t *x = p->memory[X].data;
-    for (size_t i = 0; i < tokens * cols; i++)
-        x[i] = x[i] == -128 ? 0 : x[i];
+    fill_values(&p->memory[X], tokens * cols, bits, extreme);
     fill_floats(&p->memory[X_SCALE], tokens * blocks);
     fill_floats(&p->memory[ROW_SCALE], rows);
     fill_floats(&p->memory[BIAS], rows);
-    p->memory[OUT] = guarded_alloc(4 * tokens * rows);
-    p->memory[EXPECTED] = guarded_alloc(4 * tokens * rows);
+    p->out_stride = 2 * rows + (rows + 1) / 2 + below(3); /* what lies between two tokens' rows stays as it is */
+    p->out_floats = (tokens - 1) * p->out_stride + 2 * rows + (rows + 1) / 2;
+    p->memory[OUT] = guarded_alloc(4 * p->out_floats);
+    p->memory[EXPECTED] = guarded_alloc(4 * p->out_floats);
     p->binary = (struct billm_weight){rows,
                                       cols,
                                       block,
@@ -94,30 +107,50 @@ static void make(struct problem *p) {
                                       p->memory[SCALES].data,
                                       NULL};
     p->int8 = (struct billm_weight){rows, cols, block, blocks, cols, NULL, NULL, NULL, NULL, p->memory[VALUES].data};
-    p->x = (struct billm_tokens){x, p->memory[X_SCALE].data, tokens};
+    p->x = (struct billm_tokens){p->memory[X].data, p->memory[X_SCALE].data, tokens, bits};
     p->epilogue = (struct billm_epilogue){p->memory[ROW_SCALE].data, 0, below(2) ? p->memory[BIAS].data : NULL};
 }
 
-static void run(const char *isa, const struct billm_weight *weight, const struct problem *p, int into) {
-    size_t bytes = 4 * p->x.count * weight->rows;
-    memset(p->memory[into].data, 0xff, bytes); /* NaN */
-    if (billm_select(isa) || billm_linear(weight, &p->x, &p->epilogue, p->memory[into].data)) {
+/* Both weights, and the first rows of the binary one added to what is there, side by side in one output. */
+static size_t products_of(const struct problem *p, struct billm_weight *part, float *out, struct billm_product list[3]) {
+    size_t rows = p->binary.rows, stride = p->out_stride;
+    *part = p->binary;
+    part->rows = (rows + 1) / 2;
+    list[0] = (struct billm_product){&p->binary, p->epilogue, out, stride, 0};
+    list[1] = (struct billm_product){&p->int8, p->epilogue, out + rows, stride, 0};
+    list[2] = (struct billm_product){part, p->epilogue, out + 2 * rows, stride, 1};
+    return 3;
+}
+
+static void run(const char *isa, const struct problem *p, int into) {
+    float *out = p->memory[into].data;
+    size_t count = p->out_floats;
+    memset(out, 0xff, 4 * count); /* NaN */
+    for (size_t t = 0; t < p->x.count; t++)
+        for (size_t r = 0; r < (p->binary.rows + 1) / 2; r++)
+            out[t * p->out_stride + 2 * p->binary.rows + r] = (float)(r + t);
+    struct billm_weight part;
+    struct billm_product list[3];
+    size_t products = products_of(p, &part, out, list);
+    if (billm_select(isa) || billm_products(list, products, &p->x)) {
         fprintf(stderr, "%s does not run here\n", isa);
         exit(2);
     }
 }
 
-static int differs(const char *isa, const char *what, const struct billm_weight *w, const struct problem *p) {
-    run("portable", w, p, EXPECTED);
-    run(isa, w, p, OUT);
+static int differs(const char *isa, const struct problem *p) {
+    run("portable", p, EXPECTED);
+    run(isa, p, OUT);
     const float *out = p->memory[OUT].data, *expected = p->memory[EXPECTED].data;
-    for (size_t i = 0; i < p->x.count * w->rows; i++)
-        if (!(out[i] == expected[i])) {
-            fprintf(stderr, "%s, %s: rows %zu, cols %zu, block %zu, tokens %zu: out[%zu, %zu] = %.9g, wanted %.9g\n",
-                    isa, what, w->rows, w->cols, w->block, p->x.count, i / w->rows, i % w->rows, (double)out[i],
-                    (double)expected[i]);
+    for (size_t i = 0; i < p->out_floats; i++) {
+        size_t column = i % p->out_stride, written = 2 * p->binary.rows + (p->binary.rows + 1) / 2;
+        if (column < written ? !(out[i] == expected[i]) : out[i] == out[i]) {
+            fprintf(stderr, "%s: rows %zu, cols %zu, block %zu, tokens %zu, bits %d: out[%zu, %zu] = %.9g, not %.9g\n",
+                    isa, p->binary.rows, p->binary.cols, p->binary.block, p->x.count, p->x.bits, i / p->out_stride,
+                    column, (double)out[i], (double)expected[i]);
             return 1;
         }
+    }
     return 0;
 }
 
@@ -128,13 +161,14 @@ static int quantize_differs(const char *isa, const struct problem *p) {
     fill_floats(&x, tokens * cols);
     fill_floats(&col_scale, cols);
     for (int i = 0; i < 2; i++) {
-        values[i] = guarded_alloc(tokens * cols);
+        values[i] = guarded_alloc(2 * tokens * cols);
         scales[i] = guarded_alloc(4 * tokens * blocks);
-        memset(values[i].data, 0x80, tokens * cols);
+        memset(values[i].data, 0x80, 2 * tokens * cols);
         billm_select(i ? isa : "portable");
-        billm_quantize(x.data, scaled ? col_scale.data : NULL, tokens, cols, block, values[i].data, scales[i].data);
+        billm_quantize(x.data, scaled ? col_scale.data : NULL, tokens, cols, block, p->x.bits, values[i].data,
+                       scales[i].data);
     }
-    int bad = memcmp(values[0].data, values[1].data, tokens * cols) ||
+    int bad = memcmp(values[0].data, values[1].data, 2 * tokens * cols) ||
               memcmp(scales[0].data, scales[1].data, 4 * tokens * blocks);
     if (bad)
         fprintf(stderr, "%s, quantize: cols %zu, block %zu, tokens %zu differ\n", isa, cols, block, tokens);
@@ -155,8 +189,7 @@ int main(int argc, char **argv) {
         make(&p);
         billm_pool_set_threads(1 + (int)below(3));
         for (int i = 3; i < argc && !bad; i++)
-            bad = differs(argv[i], "binary", &p.binary, &p) || differs(argv[i], "int8", &p.int8, &p) ||
-                  quantize_differs(argv[i], &p);
+            bad = differs(argv[i], &p) || quantize_differs(argv[i], &p);
         for (int i = 0; i < BLOCKS; i++)
             munmap(p.memory[i].map, p.memory[i].map_size);
     }

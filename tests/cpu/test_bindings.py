@@ -68,10 +68,11 @@ def test_wrong_weights(
 
 
 WRONG_ACTIVATIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"values": np.zeros((2, COLS - 1), np.int8)}, ValueError, r"x.values: wanted shape \[-1, 100\], found \[2, 99\]"),
-    ({"values": np.zeros((2, COLS), np.uint8)}, TypeError, "x.values: wanted dtype int8, found uint8"),
-    ({"values": np.zeros((COLS, 2), np.int8).T}, ValueError, "x.values: wanted a C-contiguous array"),
-    ({"values": np.zeros((3, COLS), np.int8)}, ValueError, r"x.scales: wanted shape \[3, 4\], found \[2, 4\]"),
+    ({"values": np.zeros((2, COLS - 1), np.int16)}, ValueError, r"x.values: wanted shape \[-1, 100\], found \[2, 99\]"),
+    ({"values": np.zeros((2, COLS), np.int8)}, TypeError, "x.values: wanted dtype int16, found int8"),
+    ({"bits": 12}, ValueError, "bits: wanted 8 or 16, found 12"),
+    ({"values": np.zeros((COLS, 2), np.int16).T}, ValueError, "x.values: wanted a C-contiguous array"),
+    ({"values": np.zeros((3, COLS), np.int16)}, ValueError, r"x.scales: wanted shape \[3, 4\], found \[2, 4\]"),
     ({"scales": np.zeros((2, 3), np.float32)}, ValueError, r"x.scales: wanted shape \[2, 4\], found \[2, 3\]"),
     ({"scales": np.zeros((2, 4), np.float64)}, TypeError, "x.scales: wanted dtype float32, found float64"),
     ({"block": 64}, ValueError, "x.block: wanted the weight's block size 32, found 64"),
@@ -121,6 +122,8 @@ def test_wrong_input_of_quantize(backend: str) -> None:
     for block in (0, -32, 16, 100, 512):
         with pytest.raises(ValueError, match=f"block: wanted 32, 64, 128 or 256, found {block}"):
             cpu.quantize(x, block)
+    with pytest.raises(ValueError, match="bits: wanted 8 or 16, found 4"):
+        cpu.quantize(x, BLOCK, bits=4)
 
 
 def test_a_weight_that_was_refused_is_refused_again(backend: str, weight: PackedLinear) -> None:

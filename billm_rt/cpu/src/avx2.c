@@ -1,83 +1,9 @@
 /* AVX2: sums of bytes through maddubs (unsigned times signed, pairs summed in int16). */
 #include "x86.h"
 
-static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
-    billm_quantize_token(x, col_scale, cols, block, values, scales);
-}
-
-/* sum(level * x) of each unit of a slab, from 32 bytes of both planes and the magnitudes of each unit's block. */
-static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes) {
-    const __m256i ones = _mm256_set1_epi8(1), differences = _mm256_set1_epi16(0x01ff); /* bytes -1, 1 */
-    const __m256i low_twice = _mm256_set1_epi32(0x01000100), high_twice = _mm256_set1_epi32(0x03020302);
-    const __m256i lanes =
-        _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
-    __m256i q = _mm256_xor_si256(second, _mm256_andnot_si256(sign, _mm256_load_si256((const void *)x->not_salient)));
-    __m256i sp = _mm256_setzero_si256(), ss = sp, qp = sp, qs = sp;
-    for (int k = 0; k < 8; k++) {
-        __m256i plain = _mm256_load_si256((const void *)x->plain[k]);
-        __m256i salient = _mm256_load_si256((const void *)x->salient[k]);
-        __m256i s_bit = _mm256_and_si256(sign, ones), q_bit = _mm256_and_si256(q, ones);
-        sign = _mm256_srli_epi16(sign, 1);
-        q = _mm256_srli_epi16(q, 1);
-        sp = _mm256_add_epi16(sp, _mm256_maddubs_epi16(s_bit, plain));
-        ss = _mm256_add_epi16(ss, _mm256_maddubs_epi16(s_bit, salient));
-        qp = _mm256_add_epi16(qp, _mm256_maddubs_epi16(q_bit, plain));
-        qs = _mm256_add_epi16(qs, _mm256_maddubs_epi16(q_bit, salient));
-    }
-    __m256i m01 = _mm256_shuffle_epi8(magnitudes, _mm256_add_epi8(lanes, low_twice));
-    __m256i m23 = _mm256_shuffle_epi8(magnitudes, _mm256_add_epi8(lanes, high_twice));
-    __m256i sum = _mm256_madd_epi16(sp, _mm256_maddubs_epi16(m01, ones));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(ss, _mm256_maddubs_epi16(m23, ones)));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(qp, _mm256_maddubs_epi16(m01, differences)));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(qs, _mm256_maddubs_epi16(m23, differences)));
-    __m256i m1m3 = _mm256_srli_epi16(magnitudes, 8);
-    return _mm256_sub_epi32(sum, _mm256_madd_epi16(m1m3, _mm256_load_si256((const void *)x->sums)));
-}
-
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
-                        size_t end, float *acc) {
-    billm_gemv(w, prepared, x_scale, row, end, acc, unit_sums);
-}
-
-static inline __m256i dot32(__m256i sum, __m256i weight, __m256i x) {
-    /* |weight| <= 128 as an unsigned byte, so that two products fit in int16: 2 * 128 * 127 < 2^15. */
-    __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
-}
-
-static __m256i load_start(const int8_t *from, size_t count) {
-    int8_t values[32] = {0};
-    memcpy(values, from, count);
-    return _mm256_loadu_si256((const __m256i *)values);
-}
-
-void billm_avx2_int8_gemv(const struct billm_weight *w, const int8_t *x, const float *x_scale, size_t row, size_t end,
-                          float *acc) {
-    const size_t whole = w->cols / 32 * 32, rest = w->cols - whole;
-    const __m256i last = load_start(x + whole, rest);
-    for (; row < end; row += 8) {
-        size_t rows = billm_min(8, end - row);
-        __m256 total = _mm256_setzero_ps();
-        for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
-            size_t stop = billm_min(col + w->block, whole);
-            __m256i sums[8];
-            for (size_t r = 0; r < 8; r++) {
-                const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
-                __m256i sum = _mm256_setzero_si256();
-                for (size_t j = col; j < stop; j += 32)
-                    sum = dot32(sum, _mm256_loadu_si256((const __m256i *)(values + j)),
-                                _mm256_loadu_si256((const __m256i *)(x + j)));
-                if (rest && b + 1 == w->blocks)
-                    sum = dot32(sum, load_start(values + whole, rest), last);
-                sums[r] = sum;
-            }
-            total = billm_step(total, x_scale[b], billm_sum8(sums));
-        }
-        float result[8];
-        _mm256_storeu_ps(result, total);
-        memcpy(acc, result, rows * sizeof *acc);
-        acc += rows;
-    }
+static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+                     float *scales) {
+    billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
 /* ---- tiles: int16 [cols / 2][16 rows][2]: a 32-bit lane is a row, madd_epi16 sums a pair of columns ---- */
@@ -179,11 +105,9 @@ void billm_avx2_int8_tile(const struct billm_weight *w, size_t row, size_t rows,
     }
 }
 
-void billm_avx2_pack(const int8_t *x, size_t cols, void *packed) {
-    int16_t *out = packed;
-    memset(out + cols, 0, (billm_round_up(cols, BILLM_UNIT) - cols) * sizeof *out);
-    for (size_t j = 0; j < cols; j++)
-        out[j] = x[j];
+void billm_avx2_pack(const int16_t *x, size_t cols, void *packed) {
+    memset((int16_t *)packed + cols, 0, (billm_round_up(cols, BILLM_UNIT) - cols) * sizeof *x);
+    memcpy(packed, x, cols * sizeof *x);
 }
 
 /* Sums over `pairs` pairs of columns: sums[i][half] for token i and eight rows. */
@@ -210,8 +134,9 @@ static void multiply_block(const __m256i *level, size_t pairs, const int16_t *co
     memcpy(sums, result, sizeof result);
 }
 
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
-                     size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
+                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    (void)bits;
     for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
         for (size_t b = 0, col = 0; col < cols; b++, col += block) {
             const int16_t *values[BILLM_TOKEN_STEP];
@@ -233,10 +158,10 @@ const struct billm_isa billm_avx2 = {
     .tile_rows = TILE_ROWS,
     .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
-    .prepared_bytes = billm_prepared_bytes,
-    .prepare = billm_prepare,
-    .binary_gemv = binary_gemv,
-    .int8_gemv = billm_avx2_int8_gemv,
+    .prepared_bytes = billm_portable_prepared_bytes,
+    .prepare = billm_portable_prepare,
+    .binary_gemv = billm_portable_binary_gemv,
+    .int8_gemv = billm_portable_int8_gemv,
     .binary_tile = billm_avx2_binary_tile,
     .int8_tile = billm_avx2_int8_tile,
     .pack = billm_avx2_pack,

@@ -2,39 +2,9 @@
  * Decoding stays at 256 bits, where slabs and tails are those of AVX2: memory is the limit there, not arithmetic. */
 #include "x86.h"
 
-static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
-    billm_quantize_token(x, col_scale, cols, block, values, scales);
-}
-
-/* Pairs of int16 from two vectors of int32 sums, which |x| <= 127 keeps below 2^12. */
-static inline __m256i pairs(__m256i plain, __m256i salient) {
-    return _mm256_blend_epi16(plain, _mm256_slli_epi32(salient, 16), 0xaa);
-}
-
-static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes) {
-    const __m256i ones = _mm256_set1_epi8(1), differences = _mm256_set1_epi16(0x01ff); /* bytes -1, 1 */
-    __m256i q = _mm256_xor_si256(second, _mm256_andnot_si256(sign, _mm256_load_si256((const void *)x->not_salient)));
-    __m256i sp = _mm256_setzero_si256(), ss = sp, qp = sp, qs = sp;
-    for (int k = 0; k < 8; k++) {
-        __m256i plain = _mm256_load_si256((const void *)x->plain[k]);
-        __m256i salient = _mm256_load_si256((const void *)x->salient[k]);
-        __m256i s_bit = _mm256_and_si256(sign, ones), q_bit = _mm256_and_si256(q, ones);
-        sign = _mm256_srli_epi16(sign, 1);
-        q = _mm256_srli_epi16(q, 1);
-        sp = _mm256_dpbusd_epi32(sp, s_bit, plain);
-        ss = _mm256_dpbusd_epi32(ss, s_bit, salient);
-        qp = _mm256_dpbusd_epi32(qp, q_bit, plain);
-        qs = _mm256_dpbusd_epi32(qs, q_bit, salient);
-    }
-    __m256i m1m3 = _mm256_srli_epi16(magnitudes, 8);
-    __m256i sum = _mm256_madd_epi16(pairs(sp, ss), _mm256_maddubs_epi16(magnitudes, ones));
-    sum = _mm256_dpwssd_epi32(sum, pairs(qp, qs), _mm256_maddubs_epi16(magnitudes, differences));
-    return _mm256_sub_epi32(sum, _mm256_madd_epi16(m1m3, _mm256_load_si256((const void *)x->sums)));
-}
-
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
-                        size_t end, float *acc) {
-    billm_gemv(w, prepared, x_scale, row, end, acc, unit_sums);
+static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+                     float *scales) {
+    billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
 enum { TILE_ROWS = 16 };
@@ -70,8 +40,9 @@ static void multiply_block(const __m512i *level, size_t pairs, const int16_t *co
     sums[3] = _mm512_add_epi32(a3, b3);
 }
 
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
-                     size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
+                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    (void)bits;
     for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
         for (size_t b = 0, col = 0; col < cols; b++, col += block) {
             const int16_t *values[BILLM_TOKEN_STEP];
@@ -94,10 +65,10 @@ const struct billm_isa billm_avx512 = {
     .tile_rows = TILE_ROWS,
     .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
-    .prepared_bytes = billm_prepared_bytes,
-    .prepare = billm_prepare,
-    .binary_gemv = binary_gemv,
-    .int8_gemv = billm_avx2_int8_gemv,
+    .prepared_bytes = billm_portable_prepared_bytes,
+    .prepare = billm_portable_prepare,
+    .binary_gemv = billm_portable_binary_gemv,
+    .int8_gemv = billm_portable_int8_gemv,
     .binary_tile = billm_avx2_binary_tile,
     .int8_tile = billm_avx2_int8_tile,
     .pack = billm_avx2_pack,

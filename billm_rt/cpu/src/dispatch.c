@@ -14,7 +14,9 @@
 enum {
     PANEL_TOKENS = 256,        /* most tokens packed at a time: bounds the scratch of long prompts */
     PANEL_BYTES = 4 << 20,     /* and the same in bytes, where columns are many */
-    WEIGHTS_PER_TASK = 1 << 15 /* about a microsecond of work: handing out less costs more than it gains */
+    WEIGHTS_PER_TASK = 1 << 15, /* about a microsecond of work: handing out less costs more than it gains */
+    MAX_ROWS = 256,             /* rows whose sums wait together for their epilogue */
+    ROW_STEP = 16               /* decoding computes rows by so many */
 };
 
 /* ---- selection ---- */
@@ -124,22 +126,37 @@ static void *scratch_of(size_t size) {
     return scratch;
 }
 
-/* ---- tasks ---- */
+/* ---- tasks: each a stretch of rows of one product ---- */
 
 struct job {
     const struct billm_isa *isa;
-    const struct billm_weight *weight;
+    const struct billm_product *products;
+    size_t count, cols, block, blocks;
     const struct billm_tokens *x;
-    const struct billm_epilogue *epilogue;
-    float *out;
-    size_t rows_per_task;
-    /* decoding: the one token, prepared */
-    const void *prepared;
+    size_t rows_per_task, *first_task; /* of each product, and the number of all tasks */
+    /* decoding: the one token, prepared for each product */
+    void **prepared;
     /* prompts: the packed panel of tokens first_token .. first_token + tokens, padded to padded_tokens */
-    const uint8_t *panel;
-    const float *panel_scales;
+    uint8_t *panel;
+    float *panel_scales;
     size_t panel_stride, first_token, tokens, padded_tokens;
 };
+
+/* The rows of a task. */
+struct share {
+    const struct billm_product *product;
+    size_t index, row, end;
+};
+
+static struct share share_of(const struct job *job, size_t task) {
+    struct share share = {NULL, 0, 0, 0};
+    while (job->first_task[share.index + 1] <= task)
+        share.index++;
+    share.product = &job->products[share.index];
+    share.row = (task - job->first_task[share.index]) * job->rows_per_task;
+    share.end = billm_min(share.row + job->rows_per_task, share.product->weight->rows);
+    return share;
+}
 
 static float half_to_float(unsigned half) {
     uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
@@ -168,108 +185,152 @@ static float row_bias(const struct billm_epilogue *e, size_t row) {
     return value;
 }
 
+/* What the rows row .. row + rows make of their sums: `stride` floats from one token's to the next. */
+static void finish(const struct billm_product *product, size_t row, size_t rows, const float *acc, size_t stride,
+                   size_t tokens, float *out) {
+    const struct billm_epilogue *e = &product->epilogue;
+    float scale[MAX_ROWS], bias[MAX_ROWS];
+    for (size_t r = 0; r < rows; r++) {
+        scale[r] = row_scale(e, row + r);
+        bias[r] = row_bias(e, row + r);
+    }
+    for (size_t t = 0; t < tokens; t++, out += product->out_stride, acc += stride)
+        for (size_t r = 0; r < rows; r++) {
+            float value = e->bias ? acc[r] * scale[r] + bias[r] : acc[r] * scale[r];
+            out[row + r] = product->accumulate ? out[row + r] + value : value;
+        }
+}
+
 static void gemv_task(void *context, size_t index) {
     const struct job *job = context;
-    const struct billm_weight *w = job->weight;
-    size_t row = index * job->rows_per_task, end = billm_min(row + job->rows_per_task, w->rows);
-    if (w->values)
-        job->isa->int8_gemv(w, job->x->values, job->x->scales, row, end, job->out + row);
-    else
-        job->isa->binary_gemv(w, job->prepared, job->x->scales, row, end, job->out + row);
-    for (; row < end; row++) {
-        float value = job->out[row] * row_scale(job->epilogue, row);
-        job->out[row] = job->epilogue->bias ? value + row_bias(job->epilogue, row) : value;
+    struct share share = share_of(job, index);
+    const struct billm_weight *w = share.product->weight;
+    for (size_t row = share.row; row < share.end; row += MAX_ROWS) {
+        float acc[MAX_ROWS];
+        size_t end = billm_min(row + MAX_ROWS, share.end);
+        (w->values ? job->isa->int8_gemv : job->isa->binary_gemv)(w, job->prepared[share.index], job->x->bits,
+                                                                  job->x->scales, row, end, acc);
+        finish(share.product, row, end - row, acc, 0, 1, share.product->out);
     }
 }
 
 /* Multiply a tile of rows with the whole panel, a stretch of columns at a time. */
 static void gemm_task(void *context, size_t index) {
     const struct job *job = context;
-    const struct billm_weight *w = job->weight;
+    struct share share = share_of(job, index);
+    const struct billm_weight *w = share.product->weight;
     const struct billm_isa *isa = job->isa;
     _Alignas(64) int16_t tile[BILLM_TILE_ROWS * BILLM_TILE_COLS];
     _Alignas(64) float acc[PANEL_TOKENS * BILLM_TILE_ROWS];
-    size_t row = index * isa->tile_rows, rows = billm_min(isa->tile_rows, w->rows - row);
+    size_t rows = share.end - share.row;
     memset(acc, 0, job->padded_tokens * isa->tile_rows * sizeof *acc);
     for (size_t col = 0; col < w->cols; col += BILLM_TILE_COLS) {
         size_t cols = billm_min(BILLM_TILE_COLS, w->cols - col);
-        (w->values ? isa->int8_tile : isa->binary_tile)(w, row, rows, col, cols, tile);
+        (w->values ? isa->int8_tile : isa->binary_tile)(w, share.row, rows, col, cols, tile);
         isa->multiply(tile, cols, w->block, job->panel + col * isa->packed_bytes, job->panel_stride,
-                      job->panel_scales + col / w->block, w->blocks, job->padded_tokens, acc);
+                      job->x->bits, job->panel_scales + col / w->block, w->blocks, job->padded_tokens, acc);
     }
-    float scale[BILLM_TILE_ROWS], bias[BILLM_TILE_ROWS];
-    for (size_t r = 0; r < rows; r++) {
-        scale[r] = row_scale(job->epilogue, row + r);
-        bias[r] = row_bias(job->epilogue, row + r);
+    finish(share.product, share.row, rows, acc, isa->tile_rows, job->tokens,
+           share.product->out + job->first_token * share.product->out_stride);
+}
+
+/* ---- products ---- */
+
+static void run_tasks(struct job *job, void (*task)(void *, size_t), size_t rows_per_task) {
+    size_t tasks = 0;
+    job->rows_per_task = rows_per_task;
+    for (size_t i = 0; i < job->count; i++) {
+        job->first_task[i] = tasks;
+        tasks += (job->products[i].weight->rows + rows_per_task - 1) / rows_per_task;
     }
-    for (size_t t = 0; t < job->tokens; t++) {
-        float *out = job->out + (job->first_token + t) * w->rows + row;
-        const float *sum = acc + t * isa->tile_rows;
-        for (size_t r = 0; r < rows; r++)
-            out[r] = job->epilogue->bias ? sum[r] * scale[r] + bias[r] : sum[r] * scale[r];
-    }
+    job->first_task[job->count] = tasks;
+    billm_pool_run(task, job, tasks);
+}
+
+/* Scratch for the tables of a job, and `size` bytes more, aligned to 64; NULL if memory runs out. */
+static uint8_t *job_scratch(struct job *job, size_t size) {
+    size_t tables = billm_round_up((job->count + 1) * sizeof *job->first_task + job->count * sizeof *job->prepared, 64);
+    uint8_t *memory = scratch_of(tables + size);
+    if (!memory)
+        return NULL;
+    job->first_task = (void *)memory;
+    job->prepared = (void *)(memory + (job->count + 1) * sizeof *job->first_task);
+    return memory + tables;
 }
 
 static int run_gemv(struct job *job) {
-    const struct billm_weight *w = job->weight;
-    if (!w->values) {
-        void *prepared = scratch_of(job->isa->prepared_bytes(w));
-        if (!prepared)
-            return -1;
+    size_t size = 0, rows = 0;
+    for (size_t i = 0; i < job->count; i++) {
+        size += billm_round_up(job->isa->prepared_bytes(job->products[i].weight), 64);
+        rows += job->products[i].weight->rows;
+    }
+    uint8_t *prepared = job_scratch(job, size);
+    if (!prepared)
+        return -1;
+    for (size_t i = 0; i < job->count; i++) {
+        const struct billm_weight *w = job->products[i].weight;
         job->isa->prepare(w, job->x->values, prepared);
-        job->prepared = prepared;
+        job->prepared[i] = prepared;
+        prepared += billm_round_up(job->isa->prepared_bytes(w), 64);
     }
     /* Eight tasks a thread even out what else the machine does. */
     size_t shares = 8 * (size_t)billm_pool_threads();
-    size_t rows = (w->rows + shares - 1) / shares, fewest = (WEIGHTS_PER_TASK + w->cols - 1) / w->cols;
-    job->rows_per_task = billm_round_up(rows > fewest ? rows : fewest, 8);
-    billm_pool_run(gemv_task, job, (w->rows + job->rows_per_task - 1) / job->rows_per_task);
+    size_t even = (rows + shares - 1) / shares, fewest = (WEIGHTS_PER_TASK + job->cols - 1) / job->cols;
+    run_tasks(job, gemv_task, billm_round_up(even > fewest ? even : fewest, ROW_STEP));
     return 0;
 }
 
 static int run_gemm(struct job *job) {
-    const struct billm_weight *w = job->weight;
     const struct billm_tokens *x = job->x;
-    job->panel_stride = billm_round_up(w->cols, BILLM_UNIT) * job->isa->packed_bytes;
+    job->panel_stride = billm_round_up(job->cols, BILLM_UNIT) * job->isa->packed_bytes;
     size_t most = billm_min(PANEL_TOKENS, PANEL_BYTES / job->panel_stride / BILLM_TOKEN_STEP * BILLM_TOKEN_STEP);
     most = billm_min(most ? most : BILLM_TOKEN_STEP, billm_round_up(x->count, BILLM_TOKEN_STEP));
-    uint8_t *panel = scratch_of(most * (job->panel_stride + w->blocks * sizeof(float)));
-    if (!panel)
+    job->panel = job_scratch(job, most * (job->panel_stride + job->blocks * sizeof(float)));
+    if (!job->panel)
         return -1;
-    float *scales = (void *)(panel + most * job->panel_stride);
-    job->panel = panel;
-    job->panel_scales = scales;
-    for (size_t first = 0; first < x->count; first += most) {
-        job->first_token = first;
-        job->tokens = billm_min(most, x->count - first);
+    job->panel_scales = (void *)(job->panel + most * job->panel_stride);
+    for (job->first_token = 0; job->first_token < x->count; job->first_token += most) {
+        job->tokens = billm_min(most, x->count - job->first_token);
         job->padded_tokens = billm_round_up(job->tokens, BILLM_TOKEN_STEP);
-        memset(panel + job->tokens * job->panel_stride, 0, (job->padded_tokens - job->tokens) * job->panel_stride);
-        memset(scales, 0, job->padded_tokens * w->blocks * sizeof *scales);
-        memcpy(scales, x->scales + first * w->blocks, job->tokens * w->blocks * sizeof *scales);
+        memset(job->panel + job->tokens * job->panel_stride, 0,
+               (job->padded_tokens - job->tokens) * job->panel_stride);
+        memset(job->panel_scales, 0, job->padded_tokens * job->blocks * sizeof(float));
+        memcpy(job->panel_scales, x->scales + job->first_token * job->blocks,
+               job->tokens * job->blocks * sizeof(float));
         for (size_t t = 0; t < job->tokens; t++)
-            job->isa->pack(x->values + (first + t) * w->cols, w->cols, panel + t * job->panel_stride);
-        billm_pool_run(gemm_task, job, (w->rows + job->isa->tile_rows - 1) / job->isa->tile_rows);
+            job->isa->pack(x->values + (job->first_token + t) * job->cols, job->cols,
+                           job->panel + t * job->panel_stride);
+        run_tasks(job, gemm_task, job->isa->tile_rows);
     }
     return 0;
 }
 
-int billm_linear(const struct billm_weight *weight, const struct billm_tokens *x, const struct billm_epilogue *epilogue,
-                 float *out) {
-    struct job job = {.weight = weight, .x = x, .epilogue = epilogue, .out = out};
-    if (!x->count || !weight->rows)
+int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x) {
+    if (!x->count || !count)
         return 0;
+    const struct billm_weight *w = products->weight;
+    struct job job = {.isa = current(), .products = products, .count = count, .x = x};
+    job.cols = w->cols;
+    job.block = w->block;
+    job.blocks = w->blocks;
+    return x->count == 1 ? run_gemv(&job) : run_gemm(&job);
+}
+
+int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x) {
     billm_pool_lock();
-    job.isa = current();
-    int failed = x->count == 1 ? run_gemv(&job) : run_gemm(&job);
+    int failed = billm_products_in_turn(products, count, x);
     billm_pool_unlock();
     return failed;
 }
+
+/* ---- activations ---- */
 
 struct quantize_job {
     const struct billm_isa *isa;
     const float *x, *col_scale;
     size_t tokens, tokens_per_task, cols, block, blocks;
-    int8_t *values;
+    int bits;
+    int16_t *values;
     float *scales;
 };
 
@@ -277,18 +338,23 @@ static void quantize_task(void *context, size_t index) {
     const struct quantize_job *job = context;
     size_t token = index * job->tokens_per_task, end = billm_min(token + job->tokens_per_task, job->tokens);
     for (; token < end; token++)
-        job->isa->quantize(job->x + token * job->cols, job->col_scale, job->cols, job->block,
+        job->isa->quantize(job->x + token * job->cols, job->col_scale, job->cols, job->block, job->bits,
                            job->values + token * job->cols, job->scales + token * job->blocks);
 }
 
-int billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int8_t *values,
-                   float *scales) {
-    struct quantize_job job = {NULL, x,     col_scale, tokens, 1 + (WEIGHTS_PER_TASK - 1) / cols,
-                               cols, block, 0,         values, scales};
+int billm_quantize_in_turn(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
+                           int16_t *values, float *scales) {
+    struct quantize_job job = {current(), x,    col_scale, tokens, 1 + (WEIGHTS_PER_TASK - 1) / cols, cols, block,
+                               0,         bits, values,    scales};
     job.blocks = (cols + block - 1) / block;
-    billm_pool_lock();
-    job.isa = current();
     billm_pool_run(quantize_task, &job, (tokens + job.tokens_per_task - 1) / job.tokens_per_task);
-    billm_pool_unlock();
     return 0;
+}
+
+int billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
+                   int16_t *values, float *scales) {
+    billm_pool_lock();
+    int failed = billm_quantize_in_turn(x, col_scale, tokens, cols, block, bits, values, scales);
+    billm_pool_unlock();
+    return failed;
 }

@@ -6,8 +6,12 @@
  *   acc           = 0; for b = 0, 1, ...: acc = acc + x_scale[t, b] * (float)isum     float32, two roundings a step
  *   out[t, r]     = acc * row_scale[r] (+ bias[r])
  *
- * |isum| <= 256 * 255 * 127 < 2^24, so its conversion to float32 is exact. No fused multiply-add and one fixed order:
- * results do not depend on the instruction set, the number of threads, or how many tokens are computed together.
+ * |isum| <= 256 * 255 * 32639 < 2^31; its conversion to float32 rounds to nearest, halves to even. No fused multiply-add
+ * and one fixed order: results do not depend on the instruction set, the number of threads, or how many tokens are
+ * computed together.
+ *
+ * Activations are int16, of 8 bits (|x| <= 127) or of 16 (|x| <= 127 * 256 + 127): so x = 256 * high + low with both
+ * bytes signed and |high| <= 127, and the same holds of -x.
  */
 #ifndef BILLM_KERNELS_H
 #define BILLM_KERNELS_H
@@ -38,9 +42,10 @@ struct billm_weight {
 
 /* Quantized activations of `count` tokens. */
 struct billm_tokens {
-    const int8_t *values; /* [count, cols], -127..127 */
-    const float *scales;  /* [count, blocks] */
+    const int16_t *values; /* [count, cols], at most billm_top(bits) and at least its negative */
+    const float *scales;   /* [count, blocks] */
     size_t count;
+    int bits; /* 8 or 16 */
 };
 
 /* What turns acc into out. */
@@ -50,6 +55,15 @@ struct billm_epilogue {
     const uint8_t *bias; /* [rows] float32, any alignment, or NULL */
 };
 
+/* One weight of several that multiply the same tokens. */
+struct billm_product {
+    const struct billm_weight *weight;
+    struct billm_epilogue epilogue;
+    float *out;
+    size_t out_stride; /* floats from one token's row of `out` to the next */
+    int accumulate;    /* add to what `out` holds (one more rounding) instead of replacing it */
+};
+
 /* One instruction set. Pointers without a stated alignment have none. */
 struct billm_isa {
     const char *name;
@@ -57,15 +71,17 @@ struct billm_isa {
     size_t packed_bytes; /* bytes of a packed activation */
 
     /* One token: x [cols] (times col_scale [cols] if not NULL) to values [cols], scales [blocks]. */
-    void (*quantize)(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales);
+    void (*quantize)(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+                     float *scales);
 
-    /* Decoding: one token, written once in the form that binary_gemv wants (64-byte aligned), then rows at will. */
+    /* Decoding: one token, written once in the form that the weight's product wants (64-byte aligned), then rows at
+     * will. */
     size_t (*prepared_bytes)(const struct billm_weight *weight);
-    void (*prepare)(const struct billm_weight *weight, const int8_t *x, void *prepared);
-    void (*binary_gemv)(const struct billm_weight *weight, const void *prepared, const float *x_scale, size_t row,
-                        size_t end, float *acc);
-    void (*int8_gemv)(const struct billm_weight *weight, const int8_t *x, const float *x_scale, size_t row, size_t end,
-                      float *acc);
+    void (*prepare)(const struct billm_weight *weight, const int16_t *x, void *prepared);
+    void (*binary_gemv)(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                        size_t row, size_t end, float *acc);
+    void (*int8_gemv)(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                      size_t row, size_t end, float *acc);
 
     /* Prompts: `rows` (1..tile_rows) rows of `cols` (1..BILLM_TILE_COLS) columns from `col` (a multiple of 512) become
      * a tile (64-byte aligned, BILLM_TILE_ROWS * BILLM_TILE_COLS * 2 bytes), padded to a whole unit; what a tile and a
@@ -73,39 +89,48 @@ struct billm_isa {
     void (*binary_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                         void *tile);
     void (*int8_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols, void *tile);
-    void (*pack)(const int8_t *x, size_t cols, void *packed); /* one token, padded with zeros to a whole unit */
+    void (*pack)(const int16_t *x, size_t cols, void *packed); /* one token, padded with zeros to a whole unit */
 
     /* acc[t][0..tile_rows) continues over the columns of the tile, t < tokens (a multiple of BILLM_TOKEN_STEP).
      * Packed tokens lie x_stride bytes apart, their scales scale_stride floats apart. */
-    void (*multiply)(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
-                     size_t scale_stride, size_t tokens, float *acc);
+    void (*multiply)(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
+                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc);
 };
 
 extern const struct billm_isa billm_portable;
+/* Decoding in plain C. */
+size_t billm_portable_prepared_bytes(const struct billm_weight *weight);
+void billm_portable_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
+void billm_portable_binary_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                                size_t row, size_t end, float *acc);
+void billm_portable_int8_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                              size_t row, size_t end, float *acc);
 #if defined(__x86_64__) || defined(BILLM_SIMDE)
 extern const struct billm_isa billm_avx2, billm_avx512;
-/* What AVX-512 takes over from AVX2: bound by memory, or done once per many tokens. */
-void billm_avx2_int8_gemv(const struct billm_weight *weight, const int8_t *x, const float *x_scale, size_t row,
-                          size_t end, float *acc);
+/* What AVX-512 takes over from AVX2: done once per many tokens. */
 void billm_avx2_binary_tile(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                             void *tile);
 void billm_avx2_int8_tile(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                           void *tile);
-void billm_avx2_pack(const int8_t *x, size_t cols, void *packed);
+void billm_avx2_pack(const int16_t *x, size_t cols, void *packed);
 #endif
 #if defined(__aarch64__)
 extern const struct billm_isa billm_neon;
 #endif
 
 /* dispatch.c. `supported` fills names, best first, and returns how many; `select` returns -1 for one not supported.
- * The others return -1 when memory runs out. All may be called from several threads; they take turns. */
+ * `products` multiplies tokens by one or more weights of the same cols and block, in one run of the pool. It returns -1
+ * when memory runs out. All may be called from several threads; they take turns, except the two whose caller holds the
+ * pool's turn already. */
 size_t billm_supported(const char *names[4]);
 int billm_select(const char *name);
 const char *billm_selected(void);
-int billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int8_t *values,
-                   float *scales);
-int billm_linear(const struct billm_weight *weight, const struct billm_tokens *x, const struct billm_epilogue *epilogue,
-                 float *out);
+int billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
+                   int16_t *values, float *scales);
+int billm_quantize_in_turn(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
+                           int16_t *values, float *scales);
+int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x);
+int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x);
 
 /* pool.c. A turn (lock .. unlock) owns the pool; run calls task(context, i) once for every i < count. */
 void billm_pool_lock(void);
@@ -128,10 +153,17 @@ static inline uint32_t billm_load32(const void *address) {
     return value;
 }
 
+/* The largest value of an activation. */
+static inline int32_t billm_top(int bits) {
+    return bits == 8 ? 127 : 127 * 256 + 127;
+}
+
 /* Quantize one token; every instruction set compiles its own copy. A union views a float's bits; loops are plain enough
  * for compilers to vectorize. A block that holds a NaN or an infinity gets the scale NaN, which products inherit. */
 static inline void billm_quantize_token(const float *restrict x, const float *restrict col_scale, size_t cols,
-                                        size_t block, int8_t *restrict values, float *restrict scales) {
+                                        size_t block, int bits, int16_t *restrict values,
+                                        float *restrict scales) {
+    const int32_t top = billm_top(bits);
     const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, halves to even */
     union {
         float number[BILLM_MAX_BLOCK];
@@ -153,18 +185,18 @@ static inline void billm_quantize_token(const float *restrict x, const float *re
             uint32_t bits = scaled.bits[j] & 0x7fffffffu;
             absmax.bits = bits > absmax.bits ? bits : absmax.bits;
         }
-        float scale = absmax.bits < 0x7f800000u ? absmax.number / 127.0f : NAN;
+        float scale = absmax.bits < 0x7f800000u ? absmax.number / (float)top : NAN;
         *scales++ = scale;
         if (!(scale > 0.0f)) {
-            memset(values + start, 0, n);
+            memset(values + start, 0, n * sizeof *values);
             continue;
         }
         for (size_t j = 0; j < n; j++)
             scaled.number[j] = scaled.number[j] / scale + to_integer;
         for (size_t j = 0; j < n; j++) {
             int32_t value = (int32_t)scaled.bits[j] - 0x4b400000; /* the bits of to_integer */
-            value = value > 127 ? 127 : value;                    /* a subnormal scale is too coarse for 127 steps */
-            values[start + j] = (int8_t)(value < -127 ? -127 : value);
+            value = value > top ? top : value; /* a subnormal scale is too coarse for so many steps */
+            values[start + j] = (int16_t)(value < -top ? -top : value);
         }
     }
 }

@@ -73,6 +73,13 @@ static int check_block(Py_ssize_t block) {
     return -1;
 }
 
+static int check_bits(int bits) {
+    if (bits == 8 || bits == 16)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "bits: wanted 8 or 16, found %d", bits);
+    return -1;
+}
+
 static void release(Py_buffer *views, size_t count) {
     for (size_t i = 0; i < count; i++)
         if (views[i].obj)
@@ -88,23 +95,25 @@ static size_t blocks_of(size_t cols, size_t block) {
 enum { X, X_SCALE, OUT, ROW_SCALE, OPERANDS };
 
 /* Check the activations and the output against the weight, and multiply. `views` is the caller's to release. */
-static PyObject *product(const struct billm_weight *weight, struct billm_epilogue *epilogue, PyObject *x,
-                         PyObject *x_scale, PyObject *out, Py_buffer *views) {
+static PyObject *product(const struct billm_weight *weight, const struct billm_epilogue *epilogue, PyObject *x,
+                         PyObject *x_scale, int bits, PyObject *out, Py_buffer *views) {
     Py_ssize_t x_shape[2] = {-1, (Py_ssize_t)weight->cols};
-    if (take(x, "x.values", "b", 2, x_shape, 0, &views[X]))
+    if (check_bits(bits) || take(x, "x.values", "h", 2, x_shape, 0, &views[X]))
         return NULL;
     Py_ssize_t scale_shape[2] = {x_shape[0], (Py_ssize_t)weight->blocks};
     Py_ssize_t out_shape[2] = {x_shape[0], (Py_ssize_t)weight->rows};
     if (take(x_scale, "x.scales", "f", 2, scale_shape, 0, &views[X_SCALE]) ||
         take(out, "out", "f", 2, out_shape, 1, &views[OUT]))
         return NULL;
-    if ((uintptr_t)views[X_SCALE].buf % sizeof(float) || (uintptr_t)views[OUT].buf % sizeof(float)) {
-        PyErr_SetString(PyExc_ValueError, "x.scales, out: wanted memory aligned to 4 bytes");
+    if ((uintptr_t)views[X].buf % sizeof(int16_t) || (uintptr_t)views[X_SCALE].buf % sizeof(float) ||
+        (uintptr_t)views[OUT].buf % sizeof(float)) {
+        PyErr_SetString(PyExc_ValueError, "x.values, x.scales, out: wanted memory aligned to the size of an element");
         return NULL;
     }
-    struct billm_tokens tokens = {views[X].buf, views[X_SCALE].buf, (size_t)x_shape[0]};
+    struct billm_tokens tokens = {views[X].buf, views[X_SCALE].buf, (size_t)x_shape[0], bits};
+    struct billm_product only = {weight, *epilogue, views[OUT].buf, weight->rows, 0};
     int failed;
-    Py_BEGIN_ALLOW_THREADS failed = billm_linear(weight, &tokens, epilogue, views[OUT].buf);
+    Py_BEGIN_ALLOW_THREADS failed = billm_products(&only, 1, &tokens);
     Py_END_ALLOW_THREADS if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
@@ -171,29 +180,31 @@ static void binary_linear_dealloc(PyObject *object) {
     Py_DECREF((PyObject *)type);
 }
 
-static PyObject *binary_linear_multiply(PyObject *object, PyObject *const *args, Py_ssize_t count) {
+static PyObject *binary_linear_multiply(PyObject *object, PyObject *args) {
     const struct binary_linear *self = (const struct binary_linear *)object;
-    if (count != 4)
-        return PyErr_Format(PyExc_TypeError, "multiply: wanted 4 arguments, found %zd", count);
+    PyObject *x, *x_scale, *out, *row_scale;
+    int bits;
+    if (!PyArg_ParseTuple(args, "OOiOO:multiply", &x, &x_scale, &bits, &out, &row_scale))
+        return NULL;
     Py_buffer views[OPERANDS] = {0};
     struct billm_epilogue epilogue = self->epilogue;
-    if (args[3] != Py_None) {
+    if (row_scale != Py_None) {
         Py_ssize_t shape[1] = {(Py_ssize_t)self->weight.rows};
-        if (take(args[3], "row_scale", "f", 1, shape, 0, &views[ROW_SCALE])) {
+        if (take(row_scale, "row_scale", "f", 1, shape, 0, &views[ROW_SCALE])) {
             release(views, OPERANDS);
             return NULL;
         }
         epilogue.scale = views[ROW_SCALE].buf;
         epilogue.scale_is_half = 0;
     }
-    PyObject *result = product(&self->weight, &epilogue, args[0], args[1], args[2], views);
+    PyObject *result = product(&self->weight, &epilogue, x, x_scale, bits, out, views);
     release(views, OPERANDS);
     return result;
 }
 
 static PyMethodDef binary_linear_methods[] = {
-    {"multiply", (PyCFunction)(void (*)(void))binary_linear_multiply, METH_FASTCALL,
-     "multiply(values, x_scales, out, row_scale or None): write out [tokens, rows]"},
+    {"multiply", binary_linear_multiply, METH_VARARGS,
+     "multiply(values, x_scales, bits, out, row_scale or None): write out [tokens, rows]"},
     {NULL, NULL, 0, NULL},
 };
 
@@ -217,7 +228,8 @@ static PyObject *int8_linear(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *weight, *scale, *x, *x_scale, *out;
     Py_ssize_t block;
-    if (!PyArg_ParseTuple(args, "OOOOnO:int8_linear", &weight, &scale, &x, &x_scale, &block, &out) ||
+    int bits;
+    if (!PyArg_ParseTuple(args, "OOOOniO:int8_linear", &weight, &scale, &x, &x_scale, &block, &bits, &out) ||
         check_block(block))
         return NULL;
     Py_buffer tensors[2] = {0}, views[OPERANDS] = {0};
@@ -231,29 +243,30 @@ static PyObject *int8_linear(PyObject *module, PyObject *args) {
         w.blocks = blocks_of(w.cols, w.block);
         w.values = tensors[0].buf;
         struct billm_epilogue epilogue = {tensors[1].buf, tensors[1].itemsize == 2, NULL};
-        result = product(&w, &epilogue, x, x_scale, out, views);
+        result = product(&w, &epilogue, x, x_scale, bits, out, views);
     }
     release(views, OPERANDS);
     release(tensors, 2);
     return result;
 }
 
-static PyObject *quantize_checked(PyObject *const objects[4], Py_ssize_t block, Py_buffer *views) {
+static PyObject *quantize_checked(PyObject *const objects[4], Py_ssize_t block, int bits, Py_buffer *views) {
     Py_ssize_t shape[2] = {-1, -1};
     if (take(objects[0], "x", "f", 2, shape, 0, &views[0]) || check_size("cols", shape[1]))
         return NULL;
     size_t cols = (size_t)shape[1];
     Py_ssize_t scales_shape[2] = {shape[0], (Py_ssize_t)blocks_of(cols, (size_t)block)};
     if ((objects[1] != Py_None && take(objects[1], "col_scale", "f", 1, &shape[1], 0, &views[1])) ||
-        take(objects[2], "values", "b", 2, shape, 1, &views[2]) ||
+        take(objects[2], "values", "h", 2, shape, 1, &views[2]) ||
         take(objects[3], "scales", "f", 2, scales_shape, 1, &views[3]))
         return NULL;
     for (int i = 0; i < 4; i++)
-        if (i != 2 && (uintptr_t)views[i].buf % sizeof(float)) {
-            PyErr_SetString(PyExc_ValueError, "x, col_scale, scales: wanted memory aligned to 4 bytes");
+        if ((uintptr_t)views[i].buf % (i == 2 ? sizeof(int16_t) : sizeof(float))) {
+            PyErr_SetString(PyExc_ValueError,
+                            "x, col_scale, values, scales: wanted memory aligned to the size of an element");
             return NULL;
         }
-    Py_BEGIN_ALLOW_THREADS billm_quantize(views[0].buf, views[1].buf, (size_t)shape[0], cols, (size_t)block,
+    Py_BEGIN_ALLOW_THREADS billm_quantize(views[0].buf, views[1].buf, (size_t)shape[0], cols, (size_t)block, bits,
                                           views[2].buf, views[3].buf);
     Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
@@ -262,11 +275,13 @@ static PyObject *quantize(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *objects[4];
     Py_ssize_t block;
-    if (!PyArg_ParseTuple(args, "OOnOO:quantize", &objects[0], &objects[1], &block, &objects[2], &objects[3]) ||
-        check_block(block))
+    int bits;
+    if (!PyArg_ParseTuple(args, "OOniOO:quantize", &objects[0], &objects[1], &block, &bits, &objects[2],
+                          &objects[3]) ||
+        check_block(block) || check_bits(bits))
         return NULL;
     Py_buffer views[4] = {0};
-    PyObject *result = quantize_checked(objects, block, views);
+    PyObject *result = quantize_checked(objects, block, bits, views);
     release(views, 4);
     return result;
 }
@@ -317,8 +332,8 @@ static PyObject *threads(PyObject *module, PyObject *unused) {
 }
 
 static PyMethodDef methods[] = {
-    {"int8_linear", int8_linear, METH_VARARGS, "int8_linear(weight, scale, values, x_scales, block, out)"},
-    {"quantize", quantize, METH_VARARGS, "quantize(x, col_scale or None, block, values, scales)"},
+    {"int8_linear", int8_linear, METH_VARARGS, "int8_linear(weight, scale, values, x_scales, block, bits, out)"},
+    {"quantize", quantize, METH_VARARGS, "quantize(x, col_scale or None, block, bits, values, scales)"},
     {"isa", isa, METH_NOARGS, "Return the name of the instruction set in use."},
     {"supported_isas", supported_isas, METH_NOARGS, "Return the names of those this machine can run, best first."},
     {"select_isa", select_isa, METH_VARARGS, "Use the instruction set of this name."},

@@ -17,21 +17,23 @@ static void decode_block(const struct billm_weight *w, size_t row, size_t col, s
     }
 }
 
-static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int8_t *values, float *scales) {
-    billm_quantize_token(x, col_scale, cols, block, values, scales);
+static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+                     float *scales) {
+    billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
-static size_t prepared_bytes(const struct billm_weight *w) {
-    return w->cols;
+size_t billm_portable_prepared_bytes(const struct billm_weight *w) {
+    return w->cols * sizeof(int16_t);
 }
 
-static void prepare(const struct billm_weight *w, const int8_t *x, void *prepared) {
-    memcpy(prepared, x, w->cols);
+void billm_portable_prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
+    memcpy(prepared, x, w->cols * sizeof *x);
 }
 
-static void binary_gemv(const struct billm_weight *w, const void *prepared, const float *x_scale, size_t row,
-                        size_t end, float *acc) {
-    const int8_t *x = prepared;
+void billm_portable_binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+                                size_t row, size_t end, float *acc) {
+    const int16_t *x = prepared;
+    (void)bits;
     for (; row < end; row++) {
         float total = 0.0f;
         for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
@@ -47,8 +49,10 @@ static void binary_gemv(const struct billm_weight *w, const void *prepared, cons
     }
 }
 
-static void int8_gemv(const struct billm_weight *w, const int8_t *x, const float *x_scale, size_t row, size_t end,
-                      float *acc) {
+void billm_portable_int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+                              size_t row, size_t end, float *acc) {
+    const int16_t *x = prepared;
+    (void)bits;
     for (; row < end; row++) {
         const int8_t *values = w->values + row * w->stride;
         float total = 0.0f;
@@ -82,15 +86,14 @@ static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, siz
             out[r * BILLM_TILE_COLS + j] = w->values[(row + r) * w->stride + col + j];
 }
 
-static void pack(const int8_t *x, size_t cols, void *packed) {
-    int16_t *out = packed;
-    memset(out, 0, billm_round_up(cols, BILLM_UNIT) * sizeof *out);
-    for (size_t j = 0; j < cols; j++)
-        out[j] = x[j];
+static void pack(const int16_t *x, size_t cols, void *packed) {
+    memset(packed, 0, billm_round_up(cols, BILLM_UNIT) * sizeof *x);
+    memcpy(packed, x, cols * sizeof *x);
 }
 
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, const float *x_scale,
-                     size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
+                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    (void)bits;
     for (size_t t = 0; t < tokens; t++, acc += TILE_ROWS) {
         const int16_t *activation = (const void *)((const uint8_t *)x + t * x_stride);
         for (size_t r = 0; r < TILE_ROWS; r++) {
@@ -112,10 +115,10 @@ const struct billm_isa billm_portable = {
     .tile_rows = TILE_ROWS,
     .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
-    .prepared_bytes = prepared_bytes,
-    .prepare = prepare,
-    .binary_gemv = binary_gemv,
-    .int8_gemv = int8_gemv,
+    .prepared_bytes = billm_portable_prepared_bytes,
+    .prepare = billm_portable_prepare,
+    .binary_gemv = billm_portable_binary_gemv,
+    .int8_gemv = billm_portable_int8_gemv,
     .binary_tile = binary_tile,
     .int8_tile = int8_tile,
     .pack = pack,
