@@ -7,6 +7,379 @@ static void quantize(const float *x, const float *col_scale, size_t cols, size_t
     billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
+/* ---- decoding: four rows side by side, one in each 128-bit lane, in slabs of 128 columns ----
+ *
+ * The 16 bytes of a slab's plane meet its activations without moving a bit: vector k holds the activations of bit k of
+ * each byte. Bit k of the sign plane chooses between an activation and its negative (each has digits of its own, as the
+ * negative of -128 is no signed byte), bit k of q = second ^ (salient & ~sign) between two magnitudes, which a shuffle
+ * looks up in a table of the lane: so every row brings its own. vpdpbusd multiplies magnitudes (unsigned) and digits.
+ *
+ * An index of that table, for blocks of at least 128 columns: the salient bit as bit 3, q as any one of bits 0 to 2, so
+ * that three vectors of q pass before it must be shifted. Smaller blocks need the room for their units: bits 2 and 3
+ * number the unit, bit 1 is the salient bit, bit 0 is q. */
+enum { GROUP_ROWS = 16, SLAB_COLS = 128, SLAB_BYTES = SLAB_COLS / 8, LOW = 0, HIGH, MINUS_LOW, MINUS_HIGH, DIGITS };
+
+struct slab {
+    int8_t digits[DIGITS][8][SLAB_BYTES];
+    uint8_t index[8][SLAB_BYTES]; /* with q = 0 */
+    uint8_t salient[SLAB_BYTES];
+    uint8_t unused[48]; /* a whole number of cache lines */
+};
+
+/* 128 signed bytes, byte i of every group of 8 to vector i. */
+static inline void store_by_bit(__m512i low, __m512i high, int8_t out[8][SLAB_BYTES]) {
+    const __m512i pairs =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+    const __m512i gather = _mm512_set_epi16(31, 23, 15, 7, 30, 22, 14, 6, 29, 21, 13, 5, 28, 20, 12, 4, 27, 19, 11, 3,
+                                            26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+    low = _mm512_permutexvar_epi16(gather, _mm512_shuffle_epi8(low, pairs));
+    high = _mm512_permutexvar_epi16(gather, _mm512_shuffle_epi8(high, pairs));
+    _mm512_store_si512(out[0], _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high));
+    _mm512_store_si512(out[4], _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), high));
+}
+
+static inline __m512i join(__m512i low, __m512i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(low)), _mm512_cvtepi16_epi8(high), 1);
+}
+
+/* The digits of activations: 256 high + low = x, both signed. */
+static inline void store_digits(const __m512i x[4], int8_t low[8][SLAB_BYTES], int8_t high[8][SLAB_BYTES]) {
+    __m512i h[4];
+    for (int i = 0; i < 4; i++)
+        h[i] = _mm512_srai_epi16(_mm512_add_epi16(x[i], _mm512_set1_epi16(128)), 8);
+    store_by_bit(join(x[0], x[1]), join(x[2], x[3]), low);
+    store_by_bit(join(h[0], h[1]), join(h[2], h[3]), high);
+}
+
+static void prepare_slab(const int16_t *values, const uint8_t *plane, int small_blocks, struct slab *slab) {
+    __m512i x[4], minus[4];
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_loadu_si512(values + 32 * i);
+        minus[i] = _mm512_sub_epi16(_mm512_setzero_si512(), x[i]);
+    }
+    store_digits(x, slab->digits[LOW], slab->digits[HIGH]);
+    store_digits(minus, slab->digits[MINUS_LOW], slab->digits[MINUS_HIGH]);
+    __m128i salient = _mm_loadu_si128((const void *)plane), unit = _mm_setzero_si128();
+    if (small_blocks)
+        unit = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+    _mm_store_si128((void *)slab->salient, salient);
+    for (int k = 0; k < 8; k++) {
+        __m128i bit = _mm_and_si128(_mm_srli_epi16(salient, k), _mm_set1_epi8(1));
+        _mm_store_si128((void *)slab->index[k], _mm_or_si128(unit, _mm_slli_epi16(bit, small_blocks ? 1 : 3)));
+    }
+}
+
+static size_t slabs_of(const struct billm_weight *w) {
+    return (w->cols + SLAB_COLS - 1) / SLAB_COLS;
+}
+
+static void prepare_binary(const struct billm_weight *w, const int16_t *x, struct slab *slab) {
+    for (size_t col = 0; col < w->cols; col += SLAB_COLS, slab++) {
+        const int16_t *values = x + col;
+        const uint8_t *salient = w->salient + col / 8;
+        int16_t short_values[SLAB_COLS] = {0};
+        uint8_t short_salient[SLAB_BYTES] = {0};
+        if (w->cols - col < SLAB_COLS) {
+            memcpy(short_values, values, (w->cols - col) * sizeof *values);
+            memcpy(short_salient, salient, w->stride - col / 8);
+            values = short_values;
+            salient = short_salient;
+        }
+        prepare_slab(values, salient, w->block < SLAB_COLS, slab);
+    }
+}
+
+/* Sixteen rows of a matrix of bytes; a short group repeats its last one. */
+struct rows {
+    const uint8_t *first;
+    size_t stride, count;
+    size_t safe; /* bytes from which 16 can be read in every row, because other rows follow */
+};
+
+static inline struct rows find_rows(const uint8_t *matrix, size_t stride, size_t row, size_t count, size_t all_rows) {
+    const size_t last = (all_rows - row - count + 1) * stride; /* bytes from the last row on */
+    return (struct rows){matrix + row * stride, stride, count,
+                         count < GROUP_ROWS || last < SLAB_BYTES ? 0 : last - SLAB_BYTES + 1};
+}
+
+/* As load_rows, where a row is the last one or missing. */
+static __attribute__((noinline)) void load_last_rows(const struct rows *rows, size_t at, __m512i out[4]) {
+    const size_t bytes = billm_min(SLAB_BYTES, rows->stride - at);
+    _Alignas(64) uint8_t copy[4][4][SLAB_BYTES] = {{{0}}};
+    for (size_t r = 0; r < GROUP_ROWS; r++)
+        memcpy(copy[r % 4][r / 4], rows->first + billm_min(r, rows->count - 1) * rows->stride + at, bytes);
+    for (size_t a = 0; a < 4; a++)
+        out[a] = _mm512_load_si512(copy[a]);
+}
+
+/* 16 bytes from byte `at` on of every row: rows a, 4 + a, 8 + a, 12 + a to the lanes of out[a]. Reading past the end of
+ * a row is no harm: the activations there are zero. */
+BILLM_INLINE void load_rows(const struct rows *rows, size_t at, __m512i out[4]) {
+    if (at >= rows->safe) {
+        load_last_rows(rows, at, out);
+        return;
+    }
+    const uint8_t *from = rows->first + at;
+    size_t stride = rows->stride;
+    __asm__("" : "+r"(stride)); /* or sixteen multiples of it are kept, in vector registers for want of others */
+#pragma GCC unroll 4
+    for (size_t a = 0; a < 4; a++, from += stride)
+        out[a] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)from));
+#pragma GCC unroll 4
+    for (size_t a = 0; a < 4; a++, from += stride)
+        out[a] = _mm512_inserti32x4(out[a], _mm_loadu_si128((const void *)from), 1);
+#pragma GCC unroll 4
+    for (size_t a = 0; a < 4; a++, from += stride)
+        out[a] = _mm512_inserti32x4(out[a], _mm_loadu_si128((const void *)from), 2);
+#pragma GCC unroll 4
+    for (size_t a = 0; a < 4; a++, from += stride)
+        out[a] = _mm512_inserti32x4(out[a], _mm_loadu_si128((const void *)from), 3);
+}
+
+/* The four magnitudes (bytes of each 32-bit lane) from alpha_c, alpha_s, alpha_o, alpha_r. */
+static inline __m512i magnitudes_of(__m512i scales) {
+    const __m512i repeat_o =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 12, 13, 14, 14));
+    __m512i residual = _mm512_and_si512(scales, _mm512_set1_epi32((int)0xff000000u));
+    __m512i sum = _mm512_adds_epu8(_mm512_shuffle_epi8(scales, repeat_o), residual);
+    return _mm512_subs_epu8(sum, _mm512_srli_epi32(residual, 8));
+}
+
+/* Which of the magnitudes of four blocks make the table of a slab, the first of whose blocks is number `block`. */
+static inline __m512i table_of(size_t block, size_t block_cols) {
+    const __m128i one_block = _mm_setr_epi8(0, 1, 1, 0, 1, 0, 0, 0, 2, 3, 3, 0, 3, 0, 0, 0);
+    const __m128i two_blocks = _mm_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7);
+    const __m128i four_blocks = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m128i table = block_cols >= SLAB_COLS ? one_block : block_cols == 64 ? two_blocks : four_blocks;
+    return _mm512_broadcast_i32x4(_mm_add_epi8(table, _mm_set1_epi8((char)(4 * (block % 4)))));
+}
+
+static inline __m512i broadcast(const void *lane) {
+    return _mm512_broadcast_i32x4(_mm_load_si128(lane));
+}
+
+/* sums[a], lane l, 32-bit lane u: row 4 l + a, unit u of the slab. */
+BILLM_INLINE void slab_sums(const __m512i sign[4], const __m512i second[4], const __m512i table[4],
+                            const struct slab *x, int small_blocks, int bits, __m512i sums[4]) {
+    __m512i q[4], low[4], high[4];
+    const __m512i salient = broadcast(x->salient);
+#pragma GCC unroll 4
+    for (int a = 0; a < 4; a++) {
+        q[a] = _mm512_ternarylogic_epi64(second[a], salient, sign[a], 0xb4); /* second ^ (salient & ~sign) */
+        low[a] = high[a] = _mm512_setzero_si512();
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
+        const int shift = small_blocks ? k > 0 : k == 3 || k == 6 ? 3 : 0;
+        const __m512i bit = _mm512_set1_epi8((char)(1 << k));
+        const __m512i q_bit = _mm512_set1_epi8((char)(small_blocks ? 1 : 1 << k % 3));
+        const __m512i index = broadcast(x->index[k]);
+        const __m512i plus_low = broadcast(x->digits[LOW][k]), minus_low = broadcast(x->digits[MINUS_LOW][k]);
+        const __m512i plus_high = broadcast(x->digits[HIGH][k]), minus_high = broadcast(x->digits[MINUS_HIGH][k]);
+#pragma GCC unroll 4
+        for (int a = 0; a < 4; a++) {
+            if (shift)
+                q[a] = _mm512_srli_epi16(q[a], shift);
+            __m512i magnitude = _mm512_shuffle_epi8(table[a], _mm512_ternarylogic_epi64(q[a], q_bit, index, 0xea));
+            __mmask64 plus = _mm512_test_epi8_mask(sign[a], bit);
+            low[a] = _mm512_dpbusd_epi32(low[a], magnitude, _mm512_mask_blend_epi8(plus, minus_low, plus_low));
+            if (bits != 8)
+                high[a] = _mm512_dpbusd_epi32(high[a], magnitude, _mm512_mask_blend_epi8(plus, minus_high, plus_high));
+        }
+    }
+#pragma GCC unroll 4
+    for (int a = 0; a < 4; a++)
+        sums[a] = bits == 8 ? low[a] : _mm512_add_epi32(low[a], _mm512_slli_epi32(high[a], 8));
+}
+
+/* acc = acc + scale * sum, two roundings. */
+static inline __m512 step(__m512 acc, float scale, __m512i sum) {
+    return _mm512_add_ps(acc, _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(sum)));
+}
+
+/* Four vectors of sums to one per unit, whose lanes are the rows in order. */
+static inline void transpose4(__m512i r[4]) {
+    __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+    __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+    r[0] = _mm512_unpacklo_epi64(a, c);
+    r[1] = _mm512_unpackhi_epi64(a, c);
+    r[2] = _mm512_unpacklo_epi64(b, d);
+    r[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+/* The rows of the next group follow those of this one: fetch what it will need, as many bytes per slab as a slab of
+ * sixteen rows takes (four lines), so that the memory never waits for a group to begin. */
+BILLM_INLINE void prefetch(const struct rows *rows, size_t from, size_t bytes) {
+    const char *next = (const char *)rows->first + GROUP_ROWS * rows->stride;
+    for (size_t i = 0; i < bytes; i += 64)
+        _mm_prefetch(next + from + i, _MM_HINT_T1);
+}
+
+/* Sixteen rows at a time, so that a lane of the running sums is a row. */
+BILLM_INLINE void gemv(const struct billm_weight *w, const struct slab *x, int small_blocks, int bits,
+                       const float *x_scale, size_t row, size_t end, float *acc) {
+    const size_t slabs = slabs_of(w), units_per_block = w->block / BILLM_UNIT;
+    enum { PLANE_BYTES = GROUP_ROWS * SLAB_BYTES };
+    const size_t scale_bytes = GROUP_ROWS * 4 * SLAB_COLS / w->block;
+    for (; row < end; row += GROUP_ROWS) {
+        const size_t count = billm_min(GROUP_ROWS, end - row);
+        const struct rows sign_rows = find_rows(w->sign, w->stride, row, count, w->rows);
+        const struct rows second_rows = find_rows(w->second, w->stride, row, count, w->rows);
+        const struct rows scale_rows = find_rows(w->scales, 4 * w->blocks, row, count, w->rows);
+        __m512 total = _mm512_setzero_ps();
+        __m512i sum = _mm512_setzero_si512(), magnitudes[4];
+        for (size_t slab = 0, block = 0, loaded = 0; slab < slabs; slab++) {
+            __m512i sign[4], second[4], table[4], sums[4];
+            load_rows(&sign_rows, slab * SLAB_BYTES, sign);
+            load_rows(&second_rows, slab * SLAB_BYTES, second);
+            prefetch(&sign_rows, slab * PLANE_BYTES, PLANE_BYTES);
+            prefetch(&second_rows, slab * PLANE_BYTES, PLANE_BYTES);
+            prefetch(&scale_rows, slab * scale_bytes, scale_bytes);
+            if (block >= loaded) {
+                load_rows(&scale_rows, 4 * block, magnitudes);
+#pragma GCC unroll 4
+                for (int a = 0; a < 4; a++)
+                    magnitudes[a] = magnitudes_of(magnitudes[a]);
+                loaded = block + 4;
+            }
+            const __m512i control = table_of(block, w->block);
+#pragma GCC unroll 4
+            for (int a = 0; a < 4; a++)
+                table[a] = _mm512_shuffle_epi8(magnitudes[a], control);
+            slab_sums(sign, second, table, x + slab, small_blocks, bits, sums);
+            transpose4(sums);
+            if (small_blocks) {
+                for (size_t unit = 0; unit < 4 && block < w->blocks; unit++) {
+                    sum = _mm512_add_epi32(sum, sums[unit]);
+                    if ((unit + 1) % units_per_block == 0) {
+                        total = step(total, x_scale[block++], sum);
+                        sum = _mm512_setzero_si512();
+                    }
+                }
+            } else {
+                sum = _mm512_add_epi32(sum, _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]),
+                                                             _mm512_add_epi32(sums[2], sums[3])));
+                if (w->block == SLAB_COLS || slab % 2 || slab + 1 == slabs) {
+                    total = step(total, x_scale[block++], sum);
+                    sum = _mm512_setzero_si512();
+                }
+            }
+        }
+        float result[GROUP_ROWS];
+        _mm512_storeu_ps(result, total);
+        memcpy(acc, result, count * sizeof *acc);
+        acc += count;
+    }
+}
+
+static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                        size_t end, float *acc) {
+    if (w->block < SLAB_COLS) {
+        if (bits == 8)
+            gemv(w, prepared, 1, 8, x_scale, row, end, acc);
+        else
+            gemv(w, prepared, 1, 16, x_scale, row, end, acc);
+    } else if (bits == 8)
+        gemv(w, prepared, 0, 8, x_scale, row, end, acc);
+    else
+        gemv(w, prepared, 0, 16, x_scale, row, end, acc);
+}
+
+/* ---- decoding, int8 rows: w + 128 is unsigned; what that adds, 128 times the activations' sum, is known ---- */
+
+/* Prepared: the low digits, padded with zeros, the high ones, and per block what to add to its sum. */
+static size_t padded_cols(const struct billm_weight *w) {
+    return billm_round_up(w->cols, 64);
+}
+
+static void prepare_int8(const struct billm_weight *w, const int16_t *x, int8_t *low) {
+    int8_t *high = low + padded_cols(w);
+    int32_t *excess = (void *)(high + padded_cols(w));
+    memset(low, 0, 2 * padded_cols(w));
+    for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
+        int32_t sum = 0;
+        for (size_t j = col, end = billm_min(col + w->block, w->cols); j < end; j++) {
+            low[j] = (int8_t)x[j];
+            high[j] = (int8_t)((x[j] + 128) >> 8);
+            sum += x[j];
+        }
+        excess[b] = -128 * sum;
+    }
+}
+
+/* Sums of the lanes of sixteen vectors, one a lane. */
+static inline __m512i sum16(const __m512i r[16]) {
+    __m512i a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++)
+        a[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]),
+                                _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]));
+    for (int i = 0; i < 4; i++)
+        b[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a[2 * i], a[2 * i + 1]),
+                                _mm512_unpackhi_epi64(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 2; i++)
+        c[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0x88),
+                                _mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(c[0], c[1], 0x88), _mm512_shuffle_i32x4(c[0], c[1], 0xdd));
+}
+
+/* The sums of columns col .. end of a row, spread over the lanes, with 128 added to each weight. */
+BILLM_INLINE __m512i int8_sums(const int8_t *values, const int8_t *low, const int8_t *high, size_t col, size_t end,
+                               int bits) {
+    const __m512i flip = _mm512_set1_epi8((char)0x80);
+    __m512i sum = _mm512_setzero_si512(), high_sum = sum;
+    for (size_t j = col; j < end; j += 64) {
+        __mmask64 mask = ~(__mmask64)0 >> (end - j < 64 ? 64 - (end - j) : 0);
+        __m512i value = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, values + j), flip);
+        sum = _mm512_dpbusd_epi32(sum, value, _mm512_maskz_loadu_epi8(mask, low + j));
+        if (bits != 8)
+            high_sum = _mm512_dpbusd_epi32(high_sum, value, _mm512_maskz_loadu_epi8(mask, high + j));
+    }
+    return bits == 8 ? sum : _mm512_add_epi32(sum, _mm512_slli_epi32(high_sum, 8));
+}
+
+BILLM_INLINE void gemv_int8(const struct billm_weight *w, const int8_t *low, int bits, const float *x_scale, size_t row,
+                            size_t end, float *acc) {
+    const int8_t *high = low + padded_cols(w);
+    const int32_t *excess = (const void *)(high + padded_cols(w));
+    for (; row < end; row += GROUP_ROWS) {
+        const size_t count = billm_min(GROUP_ROWS, end - row);
+        const int8_t *values = w->values + row * w->stride;
+        __m512 total = _mm512_setzero_ps();
+        for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
+            __m512i sums[GROUP_ROWS];
+            for (size_t r = 0; r < GROUP_ROWS; r++)
+                sums[r] = int8_sums(values + billm_min(r, count - 1) * w->stride, low, high, col,
+                                    billm_min(col + w->block, w->cols), bits);
+            total = step(total, x_scale[b], _mm512_add_epi32(sum16(sums), _mm512_set1_epi32(excess[b])));
+        }
+        float result[GROUP_ROWS];
+        _mm512_storeu_ps(result, total);
+        memcpy(acc, result, count * sizeof *acc);
+        acc += count;
+    }
+}
+
+static void int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                      size_t end, float *acc) {
+    if (bits == 8)
+        gemv_int8(w, prepared, 8, x_scale, row, end, acc);
+    else
+        gemv_int8(w, prepared, 16, x_scale, row, end, acc);
+}
+
+static size_t prepared_bytes(const struct billm_weight *w) {
+    return w->values ? 2 * padded_cols(w) + w->blocks * sizeof(int32_t) : slabs_of(w) * sizeof(struct slab);
+}
+
+static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
+    if (w->values)
+        prepare_int8(w, x, prepared);
+    else
+        prepare_binary(w, x, prepared);
+}
+
+/* ---- prompts ---- */
+
 enum { TILE_ROWS = 16 };
 
 /* Sums over `pairs` pairs of columns, four tokens by sixteen rows; `level` is AVX2's tile. Two sums per token, for
@@ -65,10 +438,10 @@ const struct billm_isa billm_avx512 = {
     .tile_rows = TILE_ROWS,
     .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
-    .prepared_bytes = billm_portable_prepared_bytes,
-    .prepare = billm_portable_prepare,
-    .binary_gemv = billm_portable_binary_gemv,
-    .int8_gemv = billm_portable_int8_gemv,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
+    .binary_gemv = binary_gemv,
+    .int8_gemv = int8_gemv,
     .binary_tile = billm_avx2_binary_tile,
     .int8_tile = billm_avx2_int8_tile,
     .pack = billm_avx2_pack,

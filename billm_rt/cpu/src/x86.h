@@ -29,7 +29,16 @@ static inline simde__m512 billm_cvtepi32_ps(simde__m512i value) {
         to[i] = (float)from[i];
     return simde_mm512_loadu_ps(to);
 }
-#define _mm512_cvtepi32_ps billm_cvtepi32_ps /* missing in SIMDe 0.7 */
+static inline simde__m512i billm_maskz_loadu_epi8(simde__mmask64 mask, const void *from) {
+    int8_t bytes[64] = {0};
+    for (int i = 0; i < 64; i++)
+        if (mask >> i & 1)
+            bytes[i] = ((const int8_t *)from)[i];
+    return simde_mm512_loadu_si512(bytes);
+}
+/* Missing in SIMDe 0.7. */
+#define _mm512_cvtepi32_ps billm_cvtepi32_ps
+#define _mm512_maskz_loadu_epi8 billm_maskz_loadu_epi8
 #else
 #include <immintrin.h>
 #endif
