@@ -6,6 +6,100 @@ static void quantize(const float *x, const float *col_scale, size_t cols, size_t
     billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
+/* sum(level * x) of each unit of a slab, from 32 bytes of both planes and the magnitudes of each unit's block. */
+static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes) {
+    const __m256i ones = _mm256_set1_epi8(1), differences = _mm256_set1_epi16(0x01ff); /* bytes -1, 1 */
+    const __m256i low_twice = _mm256_set1_epi32(0x01000100), high_twice = _mm256_set1_epi32(0x03020302);
+    const __m256i lanes =
+        _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+    __m256i q = _mm256_xor_si256(second, _mm256_andnot_si256(sign, _mm256_load_si256((const void *)x->not_salient)));
+    __m256i sp = _mm256_setzero_si256(), ss = sp, qp = sp, qs = sp;
+    for (int k = 0; k < 8; k++) {
+        __m256i plain = _mm256_load_si256((const void *)x->plain[k]);
+        __m256i salient = _mm256_load_si256((const void *)x->salient[k]);
+        __m256i s_bit = _mm256_and_si256(sign, ones), q_bit = _mm256_and_si256(q, ones);
+        sign = _mm256_srli_epi16(sign, 1);
+        q = _mm256_srli_epi16(q, 1);
+        sp = _mm256_add_epi16(sp, _mm256_maddubs_epi16(s_bit, plain));
+        ss = _mm256_add_epi16(ss, _mm256_maddubs_epi16(s_bit, salient));
+        qp = _mm256_add_epi16(qp, _mm256_maddubs_epi16(q_bit, plain));
+        qs = _mm256_add_epi16(qs, _mm256_maddubs_epi16(q_bit, salient));
+    }
+    __m256i m01 = _mm256_shuffle_epi8(magnitudes, _mm256_add_epi8(lanes, low_twice));
+    __m256i m23 = _mm256_shuffle_epi8(magnitudes, _mm256_add_epi8(lanes, high_twice));
+    __m256i sum = _mm256_madd_epi16(sp, _mm256_maddubs_epi16(m01, ones));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(ss, _mm256_maddubs_epi16(m23, ones)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(qp, _mm256_maddubs_epi16(m01, differences)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(qs, _mm256_maddubs_epi16(m23, differences)));
+    __m256i m1m3 = _mm256_srli_epi16(magnitudes, 8);
+    return _mm256_sub_epi32(sum, _mm256_madd_epi16(m1m3, _mm256_load_si256((const void *)x->sums)));
+}
+
+static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                        size_t end, float *acc) {
+    if (bits == 8)
+        billm_gemv(w, prepared, 8, x_scale, row, end, acc, unit_sums);
+    else
+        billm_gemv(w, prepared, 16, x_scale, row, end, acc, unit_sums);
+}
+
+/* ---- decoding, int8 rows: both sides widened to int16, which madd_epi16 multiplies and sums exactly ---- */
+
+static inline __m256i widen(const int8_t *from) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
+}
+
+/* The last columns, fewer than 16. */
+static __m256i widen_start(const int8_t *from, size_t count) {
+    int8_t values[16] = {0};
+    memcpy(values, from, count);
+    return widen(values);
+}
+
+/* `x` is padded with zeros to a whole vector. */
+static void int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                      size_t end, float *acc) {
+    const int16_t *x = prepared;
+    const size_t whole = w->cols / 16 * 16, rest = w->cols - whole;
+    (void)bits;
+    for (; row < end; row += 8) {
+        size_t rows = billm_min(8, end - row);
+        __m256 total = _mm256_setzero_ps();
+        for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
+            size_t stop = billm_min(col + w->block, whole);
+            __m256i sums[8];
+            for (size_t r = 0; r < 8; r++) {
+                const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
+                __m256i sum = _mm256_setzero_si256();
+                for (size_t j = col; j < stop; j += 16)
+                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(widen(values + j), _mm256_load_si256((const void *)(x + j))));
+                if (rest && b + 1 == w->blocks)
+                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(widen_start(values + whole, rest),
+                                                                  _mm256_load_si256((const void *)(x + whole))));
+                sums[r] = sum;
+            }
+            total = billm_step(total, x_scale[b], billm_sum8(sums));
+        }
+        float result[8];
+        _mm256_storeu_ps(result, total);
+        memcpy(acc, result, rows * sizeof *acc);
+        acc += rows;
+    }
+}
+
+static size_t prepared_bytes(const struct billm_weight *w) {
+    return w->values ? billm_round_up(w->cols, 16) * sizeof(int16_t) : 2 * billm_slabs(w) * sizeof(struct billm_slab);
+}
+
+static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
+    if (!w->values) {
+        billm_prepare_binary(w, x, prepared);
+        return;
+    }
+    memset(prepared, 0, prepared_bytes(w));
+    memcpy(prepared, x, w->cols * sizeof *x);
+}
+
 /* ---- tiles: int16 [cols / 2][16 rows][2]: a 32-bit lane is a row, madd_epi16 sums a pair of columns ---- */
 
 enum { TILE_ROWS = 16 };
@@ -158,10 +252,10 @@ const struct billm_isa billm_avx2 = {
     .tile_rows = TILE_ROWS,
     .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
-    .prepared_bytes = billm_portable_prepared_bytes,
-    .prepare = billm_portable_prepare,
-    .binary_gemv = billm_portable_binary_gemv,
-    .int8_gemv = billm_portable_int8_gemv,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
+    .binary_gemv = binary_gemv,
+    .int8_gemv = int8_gemv,
     .binary_tile = billm_avx2_binary_tile,
     .int8_tile = billm_avx2_int8_tile,
     .pack = billm_avx2_pack,

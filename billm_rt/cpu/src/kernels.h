@@ -98,13 +98,6 @@ struct billm_isa {
 };
 
 extern const struct billm_isa billm_portable;
-/* Decoding in plain C. */
-size_t billm_portable_prepared_bytes(const struct billm_weight *weight);
-void billm_portable_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
-void billm_portable_binary_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
-                                size_t row, size_t end, float *acc);
-void billm_portable_int8_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
-                              size_t row, size_t end, float *acc);
 #if defined(__x86_64__) || defined(BILLM_SIMDE)
 extern const struct billm_isa billm_avx2, billm_avx512;
 /* What AVX-512 takes over from AVX2: done once per many tokens. */

@@ -22,15 +22,15 @@ static void quantize(const float *x, const float *col_scale, size_t cols, size_t
     billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
-size_t billm_portable_prepared_bytes(const struct billm_weight *w) {
+static size_t prepared_bytes(const struct billm_weight *w) {
     return w->cols * sizeof(int16_t);
 }
 
-void billm_portable_prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
+static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
     memcpy(prepared, x, w->cols * sizeof *x);
 }
 
-void billm_portable_binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
                                 size_t row, size_t end, float *acc) {
     const int16_t *x = prepared;
     (void)bits;
@@ -49,7 +49,7 @@ void billm_portable_binary_gemv(const struct billm_weight *w, const void *prepar
     }
 }
 
-void billm_portable_int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+static void int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
                               size_t row, size_t end, float *acc) {
     const int16_t *x = prepared;
     (void)bits;
@@ -115,10 +115,10 @@ const struct billm_isa billm_portable = {
     .tile_rows = TILE_ROWS,
     .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
-    .prepared_bytes = billm_portable_prepared_bytes,
-    .prepare = billm_portable_prepare,
-    .binary_gemv = billm_portable_binary_gemv,
-    .int8_gemv = billm_portable_int8_gemv,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
+    .binary_gemv = binary_gemv,
+    .int8_gemv = int8_gemv,
     .binary_tile = binary_tile,
     .int8_tile = int8_tile,
     .pack = pack,
