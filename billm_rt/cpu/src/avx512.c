@@ -380,54 +380,67 @@ static void prepare(const struct billm_weight *w, const int16_t *x, void *prepar
 
 /* ---- prompts ---- */
 
-enum { TILE_ROWS = 16 };
+/* A tile is two of AVX2's, of sixteen rows each. */
+enum { TILE_ROWS = 32, HALF_TILE = 16 * BILLM_TILE_COLS * sizeof(int16_t) };
 
-/* Sums over `pairs` pairs of columns, four tokens by sixteen rows; `level` is AVX2's tile. Two sums per token, for
- * alternate pairs, hide the latency of the instruction. */
-static void multiply_block(const __m512i *level, size_t pairs, const int16_t *const x[BILLM_TOKEN_STEP],
-                           __m512i sums[BILLM_TOKEN_STEP]) {
-    const int16_t *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
-    __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
-    size_t pair = 0;
-    for (; pair + 1 < pairs; pair += 2) {
-        __m512i even = _mm512_load_si512(level + pair), odd = _mm512_load_si512(level + pair + 1);
-        a0 = _mm512_dpwssd_epi32(a0, even, _mm512_set1_epi32((int)billm_load32(x0 + 2 * pair)));
-        a1 = _mm512_dpwssd_epi32(a1, even, _mm512_set1_epi32((int)billm_load32(x1 + 2 * pair)));
-        a2 = _mm512_dpwssd_epi32(a2, even, _mm512_set1_epi32((int)billm_load32(x2 + 2 * pair)));
-        a3 = _mm512_dpwssd_epi32(a3, even, _mm512_set1_epi32((int)billm_load32(x3 + 2 * pair)));
-        b0 = _mm512_dpwssd_epi32(b0, odd, _mm512_set1_epi32((int)billm_load32(x0 + 2 * pair + 2)));
-        b1 = _mm512_dpwssd_epi32(b1, odd, _mm512_set1_epi32((int)billm_load32(x1 + 2 * pair + 2)));
-        b2 = _mm512_dpwssd_epi32(b2, odd, _mm512_set1_epi32((int)billm_load32(x2 + 2 * pair + 2)));
-        b3 = _mm512_dpwssd_epi32(b3, odd, _mm512_set1_epi32((int)billm_load32(x3 + 2 * pair + 2)));
+typedef void make_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile);
+
+static inline void two_tiles(make_tile *make, const struct billm_weight *w, size_t row, size_t rows, size_t col,
+                             size_t cols, void *tile) {
+    make(w, row, billm_min(rows, 16), col, cols, tile);
+    if (rows > 16) /* else its sums are not used */
+        make(w, row + 16, rows - 16, col, cols, (uint8_t *)tile + HALF_TILE);
+}
+
+static void binary_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    two_tiles(billm_avx2_binary_tile, w, row, rows, col, cols, tile);
+}
+
+static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    two_tiles(billm_avx2_int8_tile, w, row, rows, col, cols, tile);
+}
+
+/* Sums over `pairs` pairs of columns, eight tokens by 32 rows: two loads of the tile and eight of activations feed
+ * sixteen multiplications. Names instead of arrays: GCC keeps these in registers. */
+static void multiply_block(const uint8_t *level, size_t pairs, const uint8_t *const x[8], __m512i sums[8][2]) {
+    const uint8_t *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *x4 = x[4], *x5 = x[5], *x6 = x[6], *x7 = x[7];
+    __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, a6 = a0, a7 = a0;
+    __m512i b0 = a0, b1 = a0, b2 = a0, b3 = a0, b4 = a0, b5 = a0, b6 = a0, b7 = a0;
+#define TOKEN(t)                                                                                                       \
+    pair = _mm512_set1_epi32((int)billm_load32(x##t + 4 * i));                                                         \
+    a##t = _mm512_dpwssd_epi32(a##t, low, pair);                                                                       \
+    b##t = _mm512_dpwssd_epi32(b##t, high, pair)
+    for (size_t i = 0; i < pairs; i++) {
+        __m512i low = _mm512_load_si512(level + 64 * i), high = _mm512_load_si512(level + 64 * i + HALF_TILE), pair;
+        TOKEN(0);
+        TOKEN(1);
+        TOKEN(2);
+        TOKEN(3);
+        TOKEN(4);
+        TOKEN(5);
+        TOKEN(6);
+        TOKEN(7);
     }
-    if (pair < pairs) {
-        __m512i last = _mm512_load_si512(level + pair);
-        a0 = _mm512_dpwssd_epi32(a0, last, _mm512_set1_epi32((int)billm_load32(x0 + 2 * pair)));
-        a1 = _mm512_dpwssd_epi32(a1, last, _mm512_set1_epi32((int)billm_load32(x1 + 2 * pair)));
-        a2 = _mm512_dpwssd_epi32(a2, last, _mm512_set1_epi32((int)billm_load32(x2 + 2 * pair)));
-        a3 = _mm512_dpwssd_epi32(a3, last, _mm512_set1_epi32((int)billm_load32(x3 + 2 * pair)));
-    }
-    sums[0] = _mm512_add_epi32(a0, b0);
-    sums[1] = _mm512_add_epi32(a1, b1);
-    sums[2] = _mm512_add_epi32(a2, b2);
-    sums[3] = _mm512_add_epi32(a3, b3);
+#undef TOKEN
+    const __m512i result[8][2] = {{a0, b0}, {a1, b1}, {a2, b2}, {a3, b3}, {a4, b4}, {a5, b5}, {a6, b6}, {a7, b7}};
+    memcpy(sums, result, sizeof result);
 }
 
 static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
                      const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
     (void)bits;
-    for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
+    for (size_t t = 0; t < tokens; t += 8) {
+        const size_t count = billm_min(8, tokens - t); /* a short step repeats its last token */
         for (size_t b = 0, col = 0; col < cols; b++, col += block) {
-            const int16_t *values[BILLM_TOKEN_STEP];
-            __m512i sums[BILLM_TOKEN_STEP];
-            for (size_t i = 0; i < BILLM_TOKEN_STEP; i++)
-                values[i] = (const int16_t *)(const void *)((const uint8_t *)x + (t + i) * x_stride) + col;
-            multiply_block((const __m512i *)tile + col / 2, (billm_min(block, cols - col) + 1) / 2, values, sums);
-            for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
-                __m512 scale = _mm512_set1_ps(x_scale[(t + i) * scale_stride + b]);
-                float *to = acc + i * TILE_ROWS;
-                __m512 product = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sums[i]));
-                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), product));
+            const uint8_t *values[8];
+            __m512i sums[8][2];
+            for (size_t i = 0; i < 8; i++)
+                values[i] = (const uint8_t *)x + (t + billm_min(i, count - 1)) * x_stride + 2 * col;
+            multiply_block((const uint8_t *)tile + 32 * col, (billm_min(block, cols - col) + 1) / 2, values, sums);
+            for (size_t i = 0; i < count; i++) {
+                float scale = x_scale[(t + i) * scale_stride + b], *to = acc + (t + i) * TILE_ROWS;
+                _mm512_storeu_ps(to, step(_mm512_loadu_ps(to), scale, sums[i][0]));
+                _mm512_storeu_ps(to + 16, step(_mm512_loadu_ps(to + 16), scale, sums[i][1]));
             }
         }
     }
@@ -442,8 +455,8 @@ const struct billm_isa billm_avx512 = {
     .prepare = prepare,
     .binary_gemv = binary_gemv,
     .int8_gemv = int8_gemv,
-    .binary_tile = billm_avx2_binary_tile,
-    .int8_tile = billm_avx2_int8_tile,
+    .binary_tile = binary_tile,
+    .int8_tile = int8_tile,
     .pack = billm_avx2_pack,
     .multiply = multiply,
 };

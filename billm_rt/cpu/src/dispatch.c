@@ -15,6 +15,7 @@ enum {
     PANEL_TOKENS = 256,        /* most tokens packed at a time: bounds the scratch of long prompts */
     PANEL_BYTES = 4 << 20,     /* and the same in bytes, where columns are many */
     WEIGHTS_PER_TASK = 1 << 15, /* about a microsecond of work: handing out less costs more than it gains */
+    TOKENS_PER_TASK = 16,       /* packed by one task */
     MAX_ROWS = 256,             /* rows whose sums wait together for their epilogue */
     ROW_STEP = 16               /* decoding computes rows by so many */
 };
@@ -214,6 +215,14 @@ static void gemv_task(void *context, size_t index) {
     }
 }
 
+static void pack_task(void *context, size_t index) {
+    const struct job *job = context;
+    size_t token = index * TOKENS_PER_TASK, end = billm_min(token + TOKENS_PER_TASK, job->tokens);
+    for (; token < end; token++)
+        job->isa->pack(job->x->values + (job->first_token + token) * job->cols, job->cols,
+                       job->panel + token * job->panel_stride);
+}
+
 /* Multiply a tile of rows with the whole panel, a stretch of columns at a time. */
 static void gemm_task(void *context, size_t index) {
     const struct job *job = context;
@@ -297,9 +306,7 @@ static int run_gemm(struct job *job) {
         memset(job->panel_scales, 0, job->padded_tokens * job->blocks * sizeof(float));
         memcpy(job->panel_scales, x->scales + job->first_token * job->blocks,
                job->tokens * job->blocks * sizeof(float));
-        for (size_t t = 0; t < job->tokens; t++)
-            job->isa->pack(x->values + (job->first_token + t) * job->cols, job->cols,
-                           job->panel + t * job->panel_stride);
+        billm_pool_run(pack_task, job, (job->tokens + TOKENS_PER_TASK - 1) / TOKENS_PER_TASK);
         run_tasks(job, gemm_task, job->isa->tile_rows);
     }
     return 0;

@@ -24,8 +24,8 @@
 enum {
     BILLM_UNIT = 32, /* every block is a whole number of units of 32 columns (4 bytes of a bit plane) */
     BILLM_MAX_BLOCK = 256,
-    BILLM_TILE_ROWS = 16,  /* most rows of a decoded tile */
-    BILLM_TILE_COLS = 512, /* most columns of one: a whole number of blocks, and 16 KiB of int16 stay in the L1 cache */
+    BILLM_TILE_ROWS = 32,  /* most rows of a decoded tile */
+    BILLM_TILE_COLS = 256, /* most columns of one: a whole number of blocks, and 16 KiB of int16 stay in the L1 cache */
     BILLM_TOKEN_STEP = 4   /* the product of a tile takes tokens by fours */
 };
 
@@ -83,7 +83,7 @@ struct billm_isa {
     void (*int8_gemv)(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
                       size_t row, size_t end, float *acc);
 
-    /* Prompts: `rows` (1..tile_rows) rows of `cols` (1..BILLM_TILE_COLS) columns from `col` (a multiple of 512) become
+    /* Prompts: `rows` (1..tile_rows) rows of `cols` (1..BILLM_TILE_COLS) columns from `col` (a multiple of that) become
      * a tile (64-byte aligned, BILLM_TILE_ROWS * BILLM_TILE_COLS * 2 bytes), padded to a whole unit; what a tile and a
      * packed token look like inside is the instruction set's own affair. */
     void (*binary_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
