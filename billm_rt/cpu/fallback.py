@@ -9,19 +9,25 @@ from billm_format.config import BLOCK_SIZES
 from billm_format.layout import num_blocks, row_bytes
 from billm_format.packing import PackedLinear
 
-TOP = {8: 127, 16: 32512}  # the largest activation of so many bits (src/kernels.h)
-
 _ROWS_AT_A_TIME = 512  # bounds the levels that are unpacked at once
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedActivations:
-    """Activations as integers, a scale per token and block: x[t, j] is about values[t, j] * scales[t, j // block]."""
+    """Activations as integers with one scale per token and block.
 
-    values: NDArray[np.int16]  # [tokens, cols], at most TOP[bits] in magnitude
+    x[t, j] is about values[t, j] * scales[t, j // block], and |values| <= top(bits).
+    """
+
+    values: NDArray[np.int16]  # [tokens, cols]
     scales: NDArray[np.float32]  # [tokens, num_blocks]
     block: int
-    bits: int
+    bits: int = 16
+
+
+def top(bits: int) -> int:
+    """Return the largest value of an activation: 127 for 8 bits, for 16 the largest of two such bytes."""
+    return 127 if bits == 8 else 127 * 256 + 127
 
 
 def quantize(
@@ -30,7 +36,6 @@ def quantize(
     """Quantize x [tokens, cols]; see `billm_rt.cpu.quantize`."""
     _check_block(block)
     _check_bits(bits)
-    top = np.float32(TOP[bits])
     _check("x", x, np.float32, (-1, -1))
     tokens, cols = x.shape
     blocks = num_blocks(cols, block)
@@ -42,9 +47,9 @@ def quantize(
     split = padded.reshape(tokens, blocks, block)
     absmax = np.abs(split).max(axis=2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        scales = np.where(np.isfinite(absmax), absmax / top, np.float32(np.nan))
+        scales = np.where(np.isfinite(absmax), absmax / np.float32(top(bits)), np.float32(np.nan))
         usable = (scales > 0)[:, :, None]
-        values = np.where(usable, np.rint(np.clip(split / scales[:, :, None], -top, top)), 0)
+        values = np.where(usable, np.rint(np.clip(split / scales[:, :, None], -top(bits), top(bits))), 0)
     values = values.astype(np.int16).reshape(padded.shape)[:, :cols]
     return QuantizedActivations(np.ascontiguousarray(values), scales, block, bits)
 
@@ -69,7 +74,7 @@ def binary_linear(
     out = np.empty((x.values.shape[0], rows), np.float32)
     for start in range(0, rows, _ROWS_AT_A_TIME):
         stop = min(start + _ROWS_AT_A_TIME, rows)
-        out[:, start:stop] = _block_products(weight.levels(start, stop).astype(np.float64), x)
+        out[:, start:stop] = _block_products(weight.levels(start, stop), x)
     out *= scale.astype(np.float32)
     if weight.bias is not None:
         _check("bias", weight.bias, np.float32, (rows,))
@@ -89,17 +94,17 @@ def int8_linear(
     out = np.empty((x.values.shape[0], rows), np.float32)
     for start in range(0, rows, _ROWS_AT_A_TIME):
         stop = min(start + _ROWS_AT_A_TIME, rows)
-        out[:, start:stop] = _block_products(weight[start:stop].astype(np.float64), x)
+        out[:, start:stop] = _block_products(weight[start:stop], x)
     out *= scale.astype(np.float32)
     return out
 
 
-def _block_products(level: NDArray[np.float64], x: QuantizedActivations) -> NDArray[np.float32]:
+def _block_products(level: NDArray[np.generic], x: QuantizedActivations) -> NDArray[np.float32]:
     """Return the sums over blocks, float32 [tokens, rows]. A float64 product of one block is exact: below 2**31."""
     acc = np.zeros((x.values.shape[0], level.shape[0]), np.float32)
     for index, start in enumerate(range(0, level.shape[1], x.block)):
         columns = slice(start, start + x.block)
-        isum = x.values[:, columns].astype(np.float64) @ level[:, columns].T
+        isum = x.values[:, columns].astype(np.float64) @ level[:, columns].astype(np.float64).T
         acc += x.scales[:, index, None] * isum.astype(np.float32)
     return acc
 
@@ -116,14 +121,14 @@ def _check_activations(x: QuantizedActivations, cols: int) -> None:
     _check("x.scales", x.scales, np.float32, (x.values.shape[0], num_blocks(cols, x.block)))
 
 
-def _check_bits(bits: int) -> None:
-    if bits not in TOP:
-        raise ValueError(f"activation bits: wanted 8 or 16, found {bits}")
-
-
 def _check_block(block: int) -> None:
     if block not in BLOCK_SIZES:
         raise ValueError(f"block: wanted 32, 64, 128 or 256, found {block}")
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in (8, 16):
+        raise ValueError(f"bits: wanted 8 or 16, found {bits}")
 
 
 def _check(name: str, array: NDArray[np.generic], dtype: object, shape: tuple[int, ...]) -> None:

@@ -65,14 +65,14 @@ static void fill_floats(struct guarded *block, size_t count) {
         ((float *)block->data)[i] = ((float)below(20001) - 10000.0f) / 4096.0f;
 }
 
-/* Activations: all at one end of the range, or at random, many of them where the low part is at or next to its end. */
+/* Activations: all at one end of the range, or at random, many of them where the low byte is -128 or next to it. */
 static void fill_values(struct guarded *block, size_t count, int bits, int extreme) {
     *block = guarded_alloc(count * sizeof(int16_t));
-    int32_t top = bits == 8 ? BILLM_TOP_8 : BILLM_TOP_16, same = below(2) ? top : -top;
+    int32_t top = billm_top(bits), same = below(2) ? top : -top;
     for (size_t i = 0; i < count; i++) {
         int32_t value = (int32_t)below((size_t)(2 * top + 1)) - top;
         if (bits == 16 && below(4) == 0)
-            value = BILLM_BASE * ((int32_t)below(254) - 127) + 125 + (int32_t)below(5);
+            value = 256 * ((int32_t)below(254) - 127) + 126 + (int32_t)below(5);
         ((int16_t *)block->data)[i] = (int16_t)(extreme ? same : value > top ? top : value < -top ? -top : value);
     }
 }

@@ -37,11 +37,11 @@ def expected_binary(weight: PackedLinear, x: QuantizedActivations) -> NDArray[np
 def random_activations(
     rng: np.random.Generator, tokens: int, cols: int, block: int, bits: int | None = None
 ) -> QuantizedActivations:
-    """Of 8 or 16 bits by chance, the ends of the range and both ends of the low part (16 bits) among them."""
+    """Of 8 or 16 bits by chance, the ends of the range and low bytes of -128 (16 bits) among them."""
     bits = bits or int(rng.choice([8, 16]))
-    top = fallback.TOP[bits]
+    top = fallback.top(bits)
     values = rng.integers(-top, top + 1, (tokens, cols), dtype=np.int16)
-    edges = [-top, top] if bits == 8 else [-top, top, 127, 128, -127, -128, 127 * 255 - 127, 127 * 255 + 1]
+    edges = [-top, top] if bits == 8 else [-top, top, 128, -128, 127 * 256 - 128, -127 * 256 + 128, 127 * 256 - 129]
     values = np.where(rng.random(values.shape) < 0.2, rng.choice(np.array(edges, np.int16), values.shape), values)
     scales = rng.uniform(0, 0.05, (tokens, -(-cols // block))).astype(np.float32)
     return QuantizedActivations(values, scales, block, bits)
@@ -95,7 +95,7 @@ def test_long_rows_and_many_tokens(isa: str, random_linear: Any, rng: np.random.
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
-@pytest.mark.parametrize("activation", [127, -127, 32512, -32512, 128, -128, 32385, -32385])
+@pytest.mark.parametrize("activation", [127, -127, 32639, -32639, 128, -128, 32384, -32384])
 @pytest.mark.parametrize("salient", [0x00, 0xFF])
 def test_sums_at_the_end_of_their_range(isa: str, tokens: int, activation: int, salient: int) -> None:
     for cols, block in ((256, 256), (1000, 256), (512, 32)):
@@ -145,7 +145,7 @@ def test_row_scale_stands_in_for_the_weights_own(isa: str, tokens: int, random_l
 
 def test_every_float16_row_scale(isa: str) -> None:
     scale = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    x = QuantizedActivations(np.ones((1, 1), np.int16), np.ones((1, 1), np.float32), 32, 16)
+    x = QuantizedActivations(np.ones((1, 1), np.int16), np.ones((1, 1), np.float32), 32)
     out = cpu.int8_linear(np.ones((1 << 16, 1), np.int8), scale, x)
     np.testing.assert_array_equal(out[0], scale.astype(np.float32))
 
@@ -198,24 +198,23 @@ def test_quantize_is_its_definition(isa: str, block: int, bits: int, rng: np.ran
         for token in range(4):
             for b, start in enumerate(range(0, cols, block)):
                 part = scaled[token, start : start + block]
-                scale = np.abs(part).max() / np.float32(127 if bits == 8 else 32512)
+                scale = np.abs(part).max() / np.float32(127 if bits == 8 else 32639)
                 assert out.scales[token, b] == scale
                 wanted = np.round(part / scale) if scale else np.zeros_like(part)
                 np.testing.assert_array_equal(out.values[token, start : start + block], wanted)
 
 
 def test_quantize_rounds_halves_to_even(isa: str) -> None:
-    for bits, top in ((8, 127), (16, 32512)):
-        x = np.array([[top, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, top - 1.5, 1.5 - top]], np.float32)
+    for bits, top in ((8, 127), (16, 32639)):
+        x = np.array([[top, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, top - 0.5, 0.5 - top]], np.float32)
         out = cpu.quantize(x, 32, bits=bits)
         assert out.scales[0, 0] == 1
-        even = top - 1 if bits == 8 else top - 2
-        assert out.values[0].tolist() == [top, 0, 2, 2, 0, -2, -2, even, -even]
+        assert out.values[0].tolist() == [top, 0, 2, 2, 0, -2, -2, top - 1, 1 - top]
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_quantize_of_the_smallest_and_of_no_numbers(isa: str, bits: int, random_linear: Any) -> None:
-    top = fallback.TOP[bits]
+    top = fallback.top(bits)
     x = np.zeros((6, 64), np.float32)
     x[0, 3], x[1, 40] = np.nan, -np.inf
     x[2] = np.float32(1e-45)  # the scale underflows to zero

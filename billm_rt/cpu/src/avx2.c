@@ -37,18 +37,31 @@ static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm
 
 static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
                         size_t end, float *acc) {
-    billm_gemv(w, prepared, bits, x_scale, row, end, acc, unit_sums);
+    if (bits == 8)
+        billm_gemv(w, prepared, 8, x_scale, row, end, acc, unit_sums);
+    else
+        billm_gemv(w, prepared, 16, x_scale, row, end, acc, unit_sums);
 }
 
-static inline __m256i dot16(__m256i sum, __m128i weight, __m256i x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(weight), x));
+/* ---- decoding, int8 rows: both sides widened to int16, which madd_epi16 multiplies and sums exactly ---- */
+
+static inline __m256i widen(const int8_t *from) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
 }
 
-static void int8_gemv(const struct billm_weight *w, const int16_t *x, const float *x_scale, size_t row, size_t end,
-                      float *acc) {
+/* The last columns, fewer than 16. */
+static __m256i widen_start(const int8_t *from, size_t count) {
+    int8_t values[16] = {0};
+    memcpy(values, from, count);
+    return widen(values);
+}
+
+/* `x` is padded with zeros to a whole vector. */
+static void int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                      size_t end, float *acc) {
+    const int16_t *x = prepared;
     const size_t whole = w->cols / 16 * 16, rest = w->cols - whole;
-    int16_t last[16] = {0};
-    memcpy(last, x + whole, rest * sizeof *x);
+    (void)bits;
     for (; row < end; row += 8) {
         size_t rows = billm_min(8, end - row);
         __m256 total = _mm256_setzero_ps();
@@ -59,14 +72,10 @@ static void int8_gemv(const struct billm_weight *w, const int16_t *x, const floa
                 const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
                 __m256i sum = _mm256_setzero_si256();
                 for (size_t j = col; j < stop; j += 16)
-                    sum = dot16(sum, _mm_loadu_si128((const __m128i *)(values + j)),
-                                _mm256_loadu_si256((const __m256i *)(x + j)));
-                if (rest && b + 1 == w->blocks) {
-                    int8_t end_of_row[16] = {0};
-                    memcpy(end_of_row, values + whole, rest);
-                    sum = dot16(sum, _mm_loadu_si128((const __m128i *)end_of_row),
-                                _mm256_loadu_si256((const __m256i *)last));
-                }
+                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(widen(values + j), _mm256_load_si256((const void *)(x + j))));
+                if (rest && b + 1 == w->blocks)
+                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(widen_start(values + whole, rest),
+                                                                  _mm256_load_si256((const void *)(x + whole))));
                 sums[r] = sum;
             }
             total = billm_step(total, x_scale[b], billm_sum8(sums));
@@ -76,6 +85,19 @@ static void int8_gemv(const struct billm_weight *w, const int16_t *x, const floa
         memcpy(acc, result, rows * sizeof *acc);
         acc += rows;
     }
+}
+
+static size_t prepared_bytes(const struct billm_weight *w) {
+    return w->values ? billm_round_up(w->cols, 16) * sizeof(int16_t) : 2 * billm_slabs(w) * sizeof(struct billm_slab);
+}
+
+static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
+    if (!w->values) {
+        billm_prepare_binary(w, x, prepared);
+        return;
+    }
+    memset(prepared, 0, prepared_bytes(w));
+    memcpy(prepared, x, w->cols * sizeof *x);
 }
 
 /* ---- tiles: int16 [cols / 2][16 rows][2]: a 32-bit lane is a row, madd_epi16 sums a pair of columns ---- */
@@ -177,6 +199,11 @@ void billm_avx2_int8_tile(const struct billm_weight *w, size_t row, size_t rows,
     }
 }
 
+void billm_avx2_pack(const int16_t *x, size_t cols, void *packed) {
+    memset((int16_t *)packed + cols, 0, (billm_round_up(cols, BILLM_UNIT) - cols) * sizeof *x);
+    memcpy(packed, x, cols * sizeof *x);
+}
+
 /* Sums over `pairs` pairs of columns: sums[i][half] for token i and eight rows. */
 static void multiply_block(const __m256i *level, size_t pairs, const int16_t *const x[BILLM_TOKEN_STEP],
                            __m256i sums[BILLM_TOKEN_STEP][2]) {
@@ -203,7 +230,7 @@ static void multiply_block(const __m256i *level, size_t pairs, const int16_t *co
 
 static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
                      const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
-    (void)bits; /* pairs of int16 serve both */
+    (void)bits;
     for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
         for (size_t b = 0, col = 0; col < cols; b++, col += block) {
             const int16_t *values[BILLM_TOKEN_STEP];
@@ -223,14 +250,15 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_avx2 = {
     .name = "avx2",
     .tile_rows = TILE_ROWS,
+    .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
-    .prepared_bytes = billm_prepared_bytes,
-    .prepare = billm_prepare,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
     .binary_gemv = binary_gemv,
     .int8_gemv = int8_gemv,
     .binary_tile = billm_avx2_binary_tile,
     .int8_tile = billm_avx2_int8_tile,
-    .pack = billm_pack_int16,
+    .pack = billm_avx2_pack,
     .multiply = multiply,
     .floats = &billm_float_avx2,
 };

@@ -1,4 +1,5 @@
-/* AVX-512 with VNNI: vpdpbusd sums four bytes straight into an int32 lane, vpdpwssd a pair of int16. */
+/* AVX-512 with VNNI: vpdpbusd sums four bytes straight into an int32 lane, vpdpwssd a pair of int16.
+ * Decoding stays at 256 bits, where slabs and tails are those of AVX2: memory is the limit there, not arithmetic. */
 #include "x86.h"
 
 static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
@@ -6,63 +7,295 @@ static void quantize(const float *x, const float *col_scale, size_t cols, size_t
     billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
-/* ---- decoding: a stretch of 64 columns is eight bytes of a plane, and those are a mask ----
+/* ---- decoding: four rows side by side, one in each 128-bit lane, in slabs of 128 columns ----
  *
- * Magnitudes are unsigned bytes, looked up among the four of the row's block; activations are signed ones, negated where
- * the sign plane says so. Which of two magnitudes a column has is q = second, or for a salient column whether second and
- * sign agree. Blocks of 32 columns leave half of a stretch empty. */
+ * The 16 bytes of a slab's plane meet its activations without moving a bit: vector k holds the activations of bit k of
+ * each byte. Bit k of the sign plane chooses between an activation and its negative (each has digits of its own, as the
+ * negative of -128 is no signed byte), bit k of q = second ^ (salient & ~sign) between two magnitudes, which a shuffle
+ * looks up in a table of the lane: so every row brings its own. vpdpbusd multiplies magnitudes (unsigned) and digits.
+ *
+ * An index of that table, for blocks of at least 128 columns: the salient bit as bit 3, q as any one of bits 0 to 2, so
+ * that three vectors of q pass before it must be shifted. Smaller blocks need the room for their units: bits 2 and 3
+ * number the unit, bit 1 is the salient bit, bit 0 is q. */
+enum { GROUP_ROWS = 16, SLAB_COLS = 128, SLAB_BYTES = SLAB_COLS / 8, LOW = 0, HIGH, MINUS_LOW, MINUS_HIGH, DIGITS };
 
-enum { STRETCH = 64, GROUP = 8, CHUNK = 16 }; /* rows at a time; blocks whose magnitudes are made at once */
-
-struct stretch {
-    int8_t low[STRETCH], high[STRETCH]; /* of the activations; zeros behind the last column */
-    uint8_t index[STRETCH];             /* 4 i + 2 where column i of a 4-byte lane is salient: see magnitudes */
-    uint64_t salient;
-    uint8_t padding[STRETCH - sizeof(uint64_t)];
+struct slab {
+    int8_t digits[DIGITS][8][SLAB_BYTES];
+    uint8_t index[8][SLAB_BYTES]; /* with q = 0 */
+    uint8_t salient[SLAB_BYTES];
+    uint8_t unused[48]; /* a whole number of cache lines */
 };
 
-static size_t stretch_cols(const struct billm_weight *w) {
-    return billm_min(STRETCH, w->block);
+/* 128 signed bytes, byte i of every group of 8 to vector i. */
+static inline void store_by_bit(__m512i low, __m512i high, int8_t out[8][SLAB_BYTES]) {
+    const __m512i pairs =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+    const __m512i gather = _mm512_set_epi16(31, 23, 15, 7, 30, 22, 14, 6, 29, 21, 13, 5, 28, 20, 12, 4, 27, 19, 11, 3,
+                                            26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+    low = _mm512_permutexvar_epi16(gather, _mm512_shuffle_epi8(low, pairs));
+    high = _mm512_permutexvar_epi16(gather, _mm512_shuffle_epi8(high, pairs));
+    _mm512_store_si512(out[0], _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high));
+    _mm512_store_si512(out[4], _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), high));
 }
 
-static size_t prepared_bytes(const struct billm_weight *w) {
-    return (w->cols + stretch_cols(w) - 1) / stretch_cols(w) * sizeof(struct stretch);
+static inline __m512i join(__m512i low, __m512i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(low)), _mm512_cvtepi16_epi8(high), 1);
 }
 
-static uint64_t load_bits(const uint8_t *from, size_t bytes) {
-    uint64_t value = 0;
-    memcpy(&value, from, bytes);
-    return value;
+/* The digits of activations: 256 high + low = x, both signed. */
+static inline void store_digits(const __m512i x[4], int8_t low[8][SLAB_BYTES], int8_t high[8][SLAB_BYTES]) {
+    __m512i h[4];
+    for (int i = 0; i < 4; i++)
+        h[i] = _mm512_srai_epi16(_mm512_add_epi16(x[i], _mm512_set1_epi16(128)), 8);
+    store_by_bit(join(x[0], x[1]), join(x[2], x[3]), low);
+    store_by_bit(join(h[0], h[1]), join(h[2], h[3]), high);
 }
 
-static void prepare(const struct billm_weight *w, const int16_t *x, int bits, void *prepared) {
-    struct stretch *to = prepared;
-    const size_t most = stretch_cols(w);
-    (void)bits;
-    for (size_t col = 0; col < w->cols; col += most, to++) {
-        const size_t count = billm_min(most, w->cols - col);
-        memset(to, 0, sizeof *to);
-        billm_split(x + col, count, to->high, to->low);
-        to->salient = load_bits(w->salient + col / 8, billm_min(most / 8, w->stride - col / 8));
-        _mm512_store_si512(to->index, _mm512_maskz_set1_epi8(to->salient, 2));
+static void prepare_slab(const int16_t *values, const uint8_t *plane, int small_blocks, struct slab *slab) {
+    __m512i x[4], minus[4];
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_loadu_si512(values + 32 * i);
+        minus[i] = _mm512_sub_epi16(_mm512_setzero_si512(), x[i]);
+    }
+    store_digits(x, slab->digits[LOW], slab->digits[HIGH]);
+    store_digits(minus, slab->digits[MINUS_LOW], slab->digits[MINUS_HIGH]);
+    __m128i salient = _mm_loadu_si128((const void *)plane), unit = _mm_setzero_si128();
+    if (small_blocks)
+        unit = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+    _mm_store_si128((void *)slab->salient, salient);
+    for (int k = 0; k < 8; k++) {
+        __m128i bit = _mm_and_si128(_mm_srli_epi16(salient, k), _mm_set1_epi8(1));
+        _mm_store_si128((void *)slab->index[k], _mm_or_si128(unit, _mm_slli_epi16(bit, small_blocks ? 1 : 3)));
     }
 }
 
-/* The four magnitudes (bytes of each 32-bit lane) of sixteen blocks, from alpha_c, alpha_s, alpha_o, alpha_r. */
-static inline __m512i magnitudes(__m512i scales) {
-    const __m512i repeat_o = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 12, 13, 14, 14));
+static size_t slabs_of(const struct billm_weight *w) {
+    return (w->cols + SLAB_COLS - 1) / SLAB_COLS;
+}
+
+static void prepare_binary(const struct billm_weight *w, const int16_t *x, struct slab *slab) {
+    for (size_t col = 0; col < w->cols; col += SLAB_COLS, slab++) {
+        const int16_t *values = x + col;
+        const uint8_t *salient = w->salient + col / 8;
+        int16_t short_values[SLAB_COLS] = {0};
+        uint8_t short_salient[SLAB_BYTES] = {0};
+        if (w->cols - col < SLAB_COLS) {
+            memcpy(short_values, values, (w->cols - col) * sizeof *values);
+            memcpy(short_salient, salient, w->stride - col / 8);
+            values = short_values;
+            salient = short_salient;
+        }
+        prepare_slab(values, salient, w->block < SLAB_COLS, slab);
+    }
+}
+
+/* Sixteen rows of a matrix of bytes; a short group repeats its last one. */
+struct rows {
+    const uint8_t *first;
+    size_t stride, count;
+    size_t safe; /* bytes from which 16 can be read in every row, because other rows follow */
+};
+
+static inline struct rows find_rows(const uint8_t *matrix, size_t stride, size_t row, size_t count, size_t all_rows) {
+    const size_t last = (all_rows - row - count + 1) * stride; /* bytes from the last row on */
+    return (struct rows){matrix + row * stride, stride, count,
+                         count < GROUP_ROWS || last < SLAB_BYTES ? 0 : last - SLAB_BYTES + 1};
+}
+
+/* As load_rows, where a row is the last one or missing. */
+static __attribute__((noinline)) void load_last_rows(const struct rows *rows, size_t at, __m512i out[4]) {
+    const size_t bytes = billm_min(SLAB_BYTES, rows->stride - at);
+    _Alignas(64) uint8_t copy[4][4][SLAB_BYTES] = {{{0}}};
+    for (size_t r = 0; r < GROUP_ROWS; r++)
+        memcpy(copy[r % 4][r / 4], rows->first + billm_min(r, rows->count - 1) * rows->stride + at, bytes);
+    for (size_t a = 0; a < 4; a++)
+        out[a] = _mm512_load_si512(copy[a]);
+}
+
+/* 16 bytes from byte `at` on of every row: rows a, 4 + a, 8 + a, 12 + a to the lanes of out[a]. Reading past the end of
+ * a row is no harm: the activations there are zero. */
+BILLM_INLINE void load_rows(const struct rows *rows, size_t at, __m512i out[4]) {
+    if (at >= rows->safe) {
+        load_last_rows(rows, at, out);
+        return;
+    }
+    const uint8_t *from = rows->first + at;
+    size_t stride = rows->stride;
+    __asm__("" : "+r"(stride)); /* or sixteen multiples of it are kept, in vector registers for want of others */
+#pragma GCC unroll 4
+    for (size_t a = 0; a < 4; a++, from += stride)
+        out[a] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)from));
+#pragma GCC unroll 4
+    for (size_t a = 0; a < 4; a++, from += stride)
+        out[a] = _mm512_inserti32x4(out[a], _mm_loadu_si128((const void *)from), 1);
+#pragma GCC unroll 4
+    for (size_t a = 0; a < 4; a++, from += stride)
+        out[a] = _mm512_inserti32x4(out[a], _mm_loadu_si128((const void *)from), 2);
+#pragma GCC unroll 4
+    for (size_t a = 0; a < 4; a++, from += stride)
+        out[a] = _mm512_inserti32x4(out[a], _mm_loadu_si128((const void *)from), 3);
+}
+
+/* The four magnitudes (bytes of each 32-bit lane) from alpha_c, alpha_s, alpha_o, alpha_r. */
+static inline __m512i magnitudes_of(__m512i scales) {
+    const __m512i repeat_o =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 12, 13, 14, 14));
     __m512i residual = _mm512_and_si512(scales, _mm512_set1_epi32((int)0xff000000u));
     __m512i sum = _mm512_adds_epu8(_mm512_shuffle_epi8(scales, repeat_o), residual);
     return _mm512_subs_epu8(sum, _mm512_srli_epi32(residual, 8));
 }
 
-/* Lane i is the sum of the lanes of a[i]. */
-static inline __m256i sum_lanes(const __m512i a[GROUP]) {
+/* Which of the magnitudes of four blocks make the table of a slab, the first of whose blocks is number `block`. */
+static inline __m512i table_of(size_t block, size_t block_cols) {
+    const __m128i one_block = _mm_setr_epi8(0, 1, 1, 0, 1, 0, 0, 0, 2, 3, 3, 0, 3, 0, 0, 0);
+    const __m128i two_blocks = _mm_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7);
+    const __m128i four_blocks = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m128i table = block_cols >= SLAB_COLS ? one_block : block_cols == 64 ? two_blocks : four_blocks;
+    return _mm512_broadcast_i32x4(_mm_add_epi8(table, _mm_set1_epi8((char)(4 * (block % 4)))));
+}
+
+static inline __m512i broadcast(const void *lane) {
+    return _mm512_broadcast_i32x4(_mm_load_si128(lane));
+}
+
+/* sums[a], lane l, 32-bit lane u: row 4 l + a, unit u of the slab. */
+BILLM_INLINE void slab_sums(const __m512i sign[4], const __m512i second[4], const __m512i table[4],
+                            const struct slab *x, int small_blocks, int bits, __m512i sums[4]) {
+    __m512i q[4], low[4], high[4];
+    const __m512i salient = broadcast(x->salient);
+#pragma GCC unroll 4
+    for (int a = 0; a < 4; a++) {
+        q[a] = _mm512_ternarylogic_epi64(second[a], salient, sign[a], 0xb4); /* second ^ (salient & ~sign) */
+        low[a] = high[a] = _mm512_setzero_si512();
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
+        const int shift = small_blocks ? k > 0 : k == 3 || k == 6 ? 3 : 0;
+        const __m512i bit = _mm512_set1_epi8((char)(1 << k));
+        const __m512i q_bit = _mm512_set1_epi8((char)(small_blocks ? 1 : 1 << k % 3));
+        const __m512i index = broadcast(x->index[k]);
+        const __m512i plus_low = broadcast(x->digits[LOW][k]), minus_low = broadcast(x->digits[MINUS_LOW][k]);
+        const __m512i plus_high = broadcast(x->digits[HIGH][k]), minus_high = broadcast(x->digits[MINUS_HIGH][k]);
+#pragma GCC unroll 4
+        for (int a = 0; a < 4; a++) {
+            if (shift)
+                q[a] = _mm512_srli_epi16(q[a], shift);
+            __m512i magnitude = _mm512_shuffle_epi8(table[a], _mm512_ternarylogic_epi64(q[a], q_bit, index, 0xea));
+            __mmask64 plus = _mm512_test_epi8_mask(sign[a], bit);
+            low[a] = _mm512_dpbusd_epi32(low[a], magnitude, _mm512_mask_blend_epi8(plus, minus_low, plus_low));
+            if (bits != 8)
+                high[a] = _mm512_dpbusd_epi32(high[a], magnitude, _mm512_mask_blend_epi8(plus, minus_high, plus_high));
+        }
+    }
+#pragma GCC unroll 4
+    for (int a = 0; a < 4; a++)
+        sums[a] = bits == 8 ? low[a] : _mm512_add_epi32(low[a], _mm512_slli_epi32(high[a], 8));
+}
+
+/* acc = acc + scale * sum, two roundings. */
+static inline __m512 step(__m512 acc, float scale, __m512i sum) {
+    return _mm512_add_ps(acc, _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(sum)));
+}
+
+/* Four vectors of sums to one per unit, whose lanes are the rows in order. */
+static inline void transpose4(__m512i r[4]) {
+    __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+    __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+    r[0] = _mm512_unpacklo_epi64(a, c);
+    r[1] = _mm512_unpackhi_epi64(a, c);
+    r[2] = _mm512_unpacklo_epi64(b, d);
+    r[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+/* The rows of the next group follow those of this one: fetch what it will need, as many bytes per slab as a slab of
+ * sixteen rows takes (four lines), so that the memory never waits for a group to begin. */
+BILLM_INLINE void prefetch(const struct rows *rows, size_t from, size_t bytes) {
+    const char *next = (const char *)rows->first + GROUP_ROWS * rows->stride;
+    for (size_t i = 0; i < bytes; i += 64)
+        _mm_prefetch(next + from + i, _MM_HINT_T1);
+}
+
+/* Sixteen rows at a time, so that a lane of the running sums is a row. */
+BILLM_INLINE void gemv(const struct billm_weight *w, const struct slab *x, int small_blocks, int bits,
+                       const float *x_scale, size_t row, size_t end, float *acc) {
+    const size_t slabs = slabs_of(w), units_per_block = w->block / BILLM_UNIT;
+    enum { PLANE_BYTES = GROUP_ROWS * SLAB_BYTES };
+    const size_t scale_bytes = GROUP_ROWS * 4 * SLAB_COLS / w->block;
+    for (; row < end; row += GROUP_ROWS) {
+        const size_t count = billm_min(GROUP_ROWS, end - row);
+        const struct rows sign_rows = find_rows(w->sign, w->stride, row, count, w->rows);
+        const struct rows second_rows = find_rows(w->second, w->stride, row, count, w->rows);
+        const struct rows scale_rows = find_rows(w->scales, 4 * w->blocks, row, count, w->rows);
+        __m512 total = _mm512_setzero_ps();
+        __m512i sum = _mm512_setzero_si512(), magnitudes[4];
+        for (size_t slab = 0, block = 0, loaded = 0; slab < slabs; slab++) {
+            __m512i sign[4], second[4], table[4], sums[4];
+            load_rows(&sign_rows, slab * SLAB_BYTES, sign);
+            load_rows(&second_rows, slab * SLAB_BYTES, second);
+            prefetch(&sign_rows, slab * PLANE_BYTES, PLANE_BYTES);
+            prefetch(&second_rows, slab * PLANE_BYTES, PLANE_BYTES);
+            prefetch(&scale_rows, slab * scale_bytes, scale_bytes);
+            if (block >= loaded) {
+                load_rows(&scale_rows, 4 * block, magnitudes);
+#pragma GCC unroll 4
+                for (int a = 0; a < 4; a++)
+                    magnitudes[a] = magnitudes_of(magnitudes[a]);
+                loaded = block + 4;
+            }
+            const __m512i control = table_of(block, w->block);
+#pragma GCC unroll 4
+            for (int a = 0; a < 4; a++)
+                table[a] = _mm512_shuffle_epi8(magnitudes[a], control);
+            slab_sums(sign, second, table, x + slab, small_blocks, bits, sums);
+            transpose4(sums);
+            if (small_blocks) {
+                for (size_t unit = 0; unit < 4 && block < w->blocks; unit++) {
+                    sum = _mm512_add_epi32(sum, sums[unit]);
+                    if ((unit + 1) % units_per_block == 0) {
+                        total = step(total, x_scale[block++], sum);
+                        sum = _mm512_setzero_si512();
+                    }
+                }
+            } else {
+                sum = _mm512_add_epi32(sum, _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]),
+                                                             _mm512_add_epi32(sums[2], sums[3])));
+                if (w->block == SLAB_COLS || slab % 2 || slab + 1 == slabs) {
+                    total = step(total, x_scale[block++], sum);
+                    sum = _mm512_setzero_si512();
+                }
+            }
+        }
+        float result[GROUP_ROWS];
+        _mm512_storeu_ps(result, total);
+        memcpy(acc, result, count * sizeof *acc);
+        acc += count;
+    }
+}
+
+static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                        size_t end, float *acc) {
+    if (w->block < SLAB_COLS) {
+        if (bits == 8)
+            gemv(w, prepared, 1, 8, x_scale, row, end, acc);
+        else
+            gemv(w, prepared, 1, 16, x_scale, row, end, acc);
+    } else if (bits == 8)
+        gemv(w, prepared, 0, 8, x_scale, row, end, acc);
+    else
+        gemv(w, prepared, 0, 16, x_scale, row, end, acc);
+}
+
+/* ---- decoding, int8 rows: pairs of int16, eight rows side by side; prepared are the activations and zeros ---- */
+
+enum { INT8_ROWS = 8, INT8_COLS = 32 };
+
+/* Lane i is the sum of the lanes of r[i]. */
+static inline __m256i sum_lanes(const __m512i r[INT8_ROWS]) {
     __m512i pair[4], quad[2];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
-        pair[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
-                                   _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+        pair[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]),
+                                   _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]));
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++)
         quad[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]),
@@ -73,104 +306,13 @@ static inline __m256i sum_lanes(const __m512i a[GROUP]) {
     return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
-static inline float *store_rows(float *acc, size_t rows, __m256 total) {
-    float result[GROUP];
-    _mm256_storeu_ps(result, total);
-    memcpy(acc, result, rows * sizeof *acc);
-    return acc + rows;
-}
-
-/* Where a group of rows begins in the planes; a short group repeats its last row. */
-struct group {
-    const uint8_t *sign[GROUP], *second[GROUP];
-    uint32_t magnitudes[GROUP][CHUNK];
-};
-
-/* Add a stretch of eight rows; `bytes` of each plane are there, `wide` says whether there is a high part. */
-BILLM_INLINE void add_stretch(const struct group *g, size_t byte, const size_t bytes, size_t block,
-                              const struct stretch *x, const int wide, __m512i low[GROUP], __m512i high[GROUP]) {
-    /* Blends of two vectors instead of masked sums: those would need a copy each. */
-    const __m512i index = _mm512_load_si512(x->index), next = _mm512_add_epi8(index, _mm512_set1_epi8(1));
-    const __m512i x_low = _mm512_load_si512(x->low), minus_low = _mm512_sub_epi8(_mm512_setzero_si512(), x_low);
-    const __m512i x_high = _mm512_load_si512(x->high), minus_high = _mm512_sub_epi8(_mm512_setzero_si512(), x_high);
-    const uint64_t salient = x->salient;
+/* Add 32 columns of eight rows; `count` of them are there, `whole` says whether that is all. */
+BILLM_INLINE void add_columns(const int8_t *const from[INT8_ROWS], size_t col, const int whole, size_t count,
+                              const int16_t *x, __m512i sums[INT8_ROWS]) {
+    const __m512i values = _mm512_loadu_si512(x + col);
+    int8_t short_row[INT8_COLS] = {0};
 #pragma GCC unroll 8
-    for (size_t r = 0; r < GROUP; r++) {
-        uint64_t sign = load_bits(g->sign[r] + byte, bytes), second = load_bits(g->second[r] + byte, bytes);
-        __mmask64 plus = sign, q = second ^ (salient & ~sign);
-        const uint32_t *four = &g->magnitudes[r][block];
-        __asm__ volatile("" : "+r"(four)); /* or the compiler keeps eight broadcasts in registers, and spills the sums */
-        __m512i magnitude =
-            _mm512_shuffle_epi8(_mm512_set1_epi32((int)*four), _mm512_mask_blend_epi8(q, index, next));
-        low[r] = _mm512_dpbusd_epi32(low[r], magnitude, _mm512_mask_blend_epi8(plus, minus_low, x_low));
-        if (wide)
-            high[r] = _mm512_dpbusd_epi32(high[r], magnitude, _mm512_mask_blend_epi8(plus, minus_high, x_high));
-    }
-}
-
-static void read_magnitudes(const struct billm_weight *w, const size_t rows[GROUP], size_t block, struct group *g) {
-    const size_t count = billm_min(CHUNK, w->blocks - block);
-    const __mmask16 there = (__mmask16)((1u << count) - 1);
-    for (size_t r = 0; r < GROUP; r++) {
-        __m512i scales = _mm512_maskz_loadu_epi32(there, w->scales + 4 * (rows[r] * w->blocks + block));
-        _mm512_storeu_si512(g->magnitudes[r], magnitudes(scales));
-    }
-}
-
-BILLM_INLINE void gemv(const struct billm_weight *w, const struct stretch *x, const int wide, const float *x_scale,
-                       size_t row, size_t end, float *acc) {
-    const size_t cols = stretch_cols(w), stretches = (w->cols + cols - 1) / cols, per_block = w->block / cols;
-    for (; row < end; row += GROUP) {
-        struct group g;
-        size_t rows[GROUP], stretch = 0;
-        __m256 total = _mm256_setzero_ps();
-        for (size_t r = 0; r < GROUP; r++) {
-            rows[r] = billm_min(row + r, end - 1);
-            g.sign[r] = w->sign + rows[r] * w->stride;
-            g.second[r] = w->second + rows[r] * w->stride;
-        }
-        for (size_t block = 0; block < w->blocks; block++) {
-            __m512i low[GROUP], high[GROUP];
-            if (block % CHUNK == 0)
-                read_magnitudes(w, rows, block, &g);
-#pragma GCC unroll 8
-            for (size_t r = 0; r < GROUP; r++)
-                low[r] = high[r] = _mm512_setzero_si512();
-            for (size_t last = billm_min(stretch + per_block, stretches); stretch < last; stretch++) {
-                const size_t byte = stretch * cols / 8;
-                if (w->stride - byte >= 8 && cols == STRETCH)
-                    add_stretch(&g, byte, 8, block % CHUNK, x + stretch, wide, low, high);
-                else
-                    add_stretch(&g, byte, 4, block % CHUNK, x + stretch, wide, low, high);
-            }
-            if (wide)
-#pragma GCC unroll 8
-                for (size_t r = 0; r < GROUP; r++)
-                    low[r] = _mm512_add_epi32(low[r], _mm512_sub_epi32(_mm512_slli_epi32(high[r], 8), high[r]));
-            total = billm_step(total, x_scale[block], sum_lanes(low));
-        }
-        acc = store_rows(acc, billm_min(GROUP, end - row), total);
-    }
-}
-
-static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
-                        size_t end, float *acc) {
-    if (bits > 8)
-        gemv(w, prepared, 1, x_scale, row, end, acc);
-    else
-        gemv(w, prepared, 0, x_scale, row, end, acc);
-}
-
-/* Up to 32 columns of eight rows. */
-BILLM_INLINE void add_columns(const int8_t *const from[GROUP], size_t col, const int whole, size_t count,
-                              const int16_t *x, __m512i sums[GROUP]) {
-    int16_t short_x[32] = {0};
-    int8_t short_row[32] = {0};
-    if (!whole)
-        memcpy(short_x, x + col, count * sizeof *x);
-    const __m512i values = _mm512_loadu_si512(whole ? x + col : short_x);
-#pragma GCC unroll 8
-    for (size_t r = 0; r < GROUP; r++) {
+    for (size_t r = 0; r < INT8_ROWS; r++) {
         if (!whole)
             memcpy(short_row, from[r] + col, count);
         const __m256i weight = _mm256_loadu_si256((const void *)(whole ? from[r] + col : short_row));
@@ -178,81 +320,113 @@ BILLM_INLINE void add_columns(const int8_t *const from[GROUP], size_t col, const
     }
 }
 
-static void int8_gemv(const struct billm_weight *w, const int16_t *x, const float *x_scale, size_t row, size_t end,
-                      float *acc) {
+static void int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                      size_t end, float *acc) {
+    (void)bits; /* pairs of int16 serve both */
     for (size_t rows; row < end; row += rows) {
-        const int8_t *from[GROUP];
+        const int8_t *from[INT8_ROWS];
         __m256 total = _mm256_setzero_ps();
-        rows = billm_min(GROUP, end - row);
-        for (size_t r = 0; r < GROUP; r++)
+        rows = billm_min(INT8_ROWS, end - row);
+        for (size_t r = 0; r < INT8_ROWS; r++)
             from[r] = w->values + (row + billm_min(r, rows - 1)) * w->stride;
         for (size_t block = 0, col = 0; block < w->blocks; block++) {
             const size_t stop = billm_min(col + w->block, w->cols);
-            __m512i sums[GROUP];
+            __m512i sums[INT8_ROWS];
 #pragma GCC unroll 8
-            for (size_t r = 0; r < GROUP; r++)
+            for (size_t r = 0; r < INT8_ROWS; r++)
                 sums[r] = _mm512_setzero_si512();
-            for (; col + 32 <= stop; col += 32)
-                add_columns(from, col, 1, 32, x, sums);
+            for (; col + INT8_COLS <= stop; col += INT8_COLS)
+                add_columns(from, col, 1, INT8_COLS, prepared, sums);
             if (col < stop)
-                add_columns(from, col, 0, stop - col, x, sums);
+                add_columns(from, col, 0, stop - col, prepared, sums);
             col = stop;
             total = billm_step(total, x_scale[block], sum_lanes(sums));
         }
-        acc = store_rows(acc, rows, total);
+        float result[INT8_ROWS];
+        _mm256_storeu_ps(result, total);
+        memcpy(acc, result, rows * sizeof *acc);
+        acc += rows;
+    }
+}
+
+static size_t prepared_bytes(const struct billm_weight *w) {
+    return w->values ? billm_round_up(w->cols, INT8_COLS) * sizeof(int16_t) : slabs_of(w) * sizeof(struct slab);
+}
+
+static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
+    if (w->values) {
+        memcpy(prepared, x, w->cols * sizeof *x);
+        memset((int16_t *)prepared + w->cols, 0, (billm_round_up(w->cols, INT8_COLS) - w->cols) * sizeof *x);
+    } else {
+        prepare_binary(w, x, prepared);
     }
 }
 
 /* ---- prompts ---- */
 
-enum { TILE_ROWS = 16 };
+/* A tile is two of AVX2's, of sixteen rows each. */
+enum { TILE_ROWS = 32, HALF_TILE = 16 * BILLM_TILE_COLS * sizeof(int16_t) };
 
-/* Sums over `pairs` pairs of columns, four tokens by sixteen rows; `level` is AVX2's tile. Two sums per token, for
- * alternate pairs, hide the latency of the instruction. */
-static void multiply_block(const __m512i *level, size_t pairs, const int16_t *const x[BILLM_TOKEN_STEP],
-                           __m512i sums[BILLM_TOKEN_STEP]) {
-    const int16_t *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
-    __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
-    size_t pair = 0;
-    for (; pair + 1 < pairs; pair += 2) {
-        __m512i even = _mm512_load_si512(level + pair), odd = _mm512_load_si512(level + pair + 1);
-        a0 = _mm512_dpwssd_epi32(a0, even, _mm512_set1_epi32((int)billm_load32(x0 + 2 * pair)));
-        a1 = _mm512_dpwssd_epi32(a1, even, _mm512_set1_epi32((int)billm_load32(x1 + 2 * pair)));
-        a2 = _mm512_dpwssd_epi32(a2, even, _mm512_set1_epi32((int)billm_load32(x2 + 2 * pair)));
-        a3 = _mm512_dpwssd_epi32(a3, even, _mm512_set1_epi32((int)billm_load32(x3 + 2 * pair)));
-        b0 = _mm512_dpwssd_epi32(b0, odd, _mm512_set1_epi32((int)billm_load32(x0 + 2 * pair + 2)));
-        b1 = _mm512_dpwssd_epi32(b1, odd, _mm512_set1_epi32((int)billm_load32(x1 + 2 * pair + 2)));
-        b2 = _mm512_dpwssd_epi32(b2, odd, _mm512_set1_epi32((int)billm_load32(x2 + 2 * pair + 2)));
-        b3 = _mm512_dpwssd_epi32(b3, odd, _mm512_set1_epi32((int)billm_load32(x3 + 2 * pair + 2)));
+typedef void make_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile);
+
+static inline void two_tiles(make_tile *make, const struct billm_weight *w, size_t row, size_t rows, size_t col,
+                             size_t cols, void *tile) {
+    make(w, row, billm_min(rows, 16), col, cols, tile);
+    if (rows > 16)
+        make(w, row + 16, rows - 16, col, cols, (uint8_t *)tile + HALF_TILE);
+    else /* sums that nobody reads must not overflow either */
+        memset((uint8_t *)tile + HALF_TILE, 0, HALF_TILE);
+}
+
+static void binary_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    two_tiles(billm_avx2_binary_tile, w, row, rows, col, cols, tile);
+}
+
+static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    two_tiles(billm_avx2_int8_tile, w, row, rows, col, cols, tile);
+}
+
+/* Sums over `pairs` pairs of columns, eight tokens by 32 rows: two loads of the tile and eight of activations feed
+ * sixteen multiplications. Names instead of arrays: GCC keeps these in registers. */
+static void multiply_block(const uint8_t *level, size_t pairs, const uint8_t *const x[8], __m512i sums[8][2]) {
+    const uint8_t *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *x4 = x[4], *x5 = x[5], *x6 = x[6], *x7 = x[7];
+    __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, a6 = a0, a7 = a0;
+    __m512i b0 = a0, b1 = a0, b2 = a0, b3 = a0, b4 = a0, b5 = a0, b6 = a0, b7 = a0;
+#define TOKEN(t)                                                                                                       \
+    pair = _mm512_set1_epi32((int)billm_load32(x##t + 4 * i));                                                         \
+    a##t = _mm512_dpwssd_epi32(a##t, low, pair);                                                                       \
+    b##t = _mm512_dpwssd_epi32(b##t, high, pair)
+    for (size_t i = 0; i < pairs; i++) {
+        __m512i low = _mm512_load_si512(level + 64 * i), high = _mm512_load_si512(level + 64 * i + HALF_TILE), pair;
+        TOKEN(0);
+        TOKEN(1);
+        TOKEN(2);
+        TOKEN(3);
+        TOKEN(4);
+        TOKEN(5);
+        TOKEN(6);
+        TOKEN(7);
     }
-    if (pair < pairs) {
-        __m512i last = _mm512_load_si512(level + pair);
-        a0 = _mm512_dpwssd_epi32(a0, last, _mm512_set1_epi32((int)billm_load32(x0 + 2 * pair)));
-        a1 = _mm512_dpwssd_epi32(a1, last, _mm512_set1_epi32((int)billm_load32(x1 + 2 * pair)));
-        a2 = _mm512_dpwssd_epi32(a2, last, _mm512_set1_epi32((int)billm_load32(x2 + 2 * pair)));
-        a3 = _mm512_dpwssd_epi32(a3, last, _mm512_set1_epi32((int)billm_load32(x3 + 2 * pair)));
-    }
-    sums[0] = _mm512_add_epi32(a0, b0);
-    sums[1] = _mm512_add_epi32(a1, b1);
-    sums[2] = _mm512_add_epi32(a2, b2);
-    sums[3] = _mm512_add_epi32(a3, b3);
+#undef TOKEN
+    const __m512i result[8][2] = {{a0, b0}, {a1, b1}, {a2, b2}, {a3, b3}, {a4, b4}, {a5, b5}, {a6, b6}, {a7, b7}};
+    memcpy(sums, result, sizeof result);
 }
 
 static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
                      const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
-    (void)bits; /* pairs of int16 serve both */
-    for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
+    (void)bits;
+    for (size_t t = 0; t < tokens; t += 8) {
+        const size_t count = billm_min(8, tokens - t); /* a short step repeats its last token */
         for (size_t b = 0, col = 0; col < cols; b++, col += block) {
-            const int16_t *values[BILLM_TOKEN_STEP];
-            __m512i sums[BILLM_TOKEN_STEP];
-            for (size_t i = 0; i < BILLM_TOKEN_STEP; i++)
-                values[i] = (const int16_t *)(const void *)((const uint8_t *)x + (t + i) * x_stride) + col;
-            multiply_block((const __m512i *)tile + col / 2, (billm_min(block, cols - col) + 1) / 2, values, sums);
-            for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
-                __m512 scale = _mm512_set1_ps(x_scale[(t + i) * scale_stride + b]);
-                float *to = acc + i * TILE_ROWS;
-                __m512 product = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sums[i]));
-                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), product));
+            const uint8_t *values[8];
+            __m512i sums[8][2];
+            for (size_t i = 0; i < 8; i++)
+                values[i] = (const uint8_t *)x + (t + billm_min(i, count - 1)) * x_stride + 2 * col;
+            multiply_block((const uint8_t *)tile + 32 * col, (billm_min(block, cols - col) + 1) / 2, values, sums);
+            for (size_t i = 0; i < count; i++) {
+                float scale = x_scale[(t + i) * scale_stride + b], *to = acc + (t + i) * TILE_ROWS;
+                _mm512_storeu_ps(to, step(_mm512_loadu_ps(to), scale, sums[i][0]));
+                _mm512_storeu_ps(to + 16, step(_mm512_loadu_ps(to + 16), scale, sums[i][1]));
             }
         }
     }
@@ -261,14 +435,15 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_avx512 = {
     .name = "avx512-vnni",
     .tile_rows = TILE_ROWS,
+    .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
     .binary_gemv = binary_gemv,
     .int8_gemv = int8_gemv,
-    .binary_tile = billm_avx2_binary_tile,
-    .int8_tile = billm_avx2_int8_tile,
-    .pack = billm_pack_int16,
+    .binary_tile = binary_tile,
+    .int8_tile = int8_tile,
+    .pack = billm_avx2_pack,
     .multiply = multiply,
     .floats = &billm_float_avx512,
 };

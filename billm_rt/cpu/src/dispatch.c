@@ -13,9 +13,11 @@
 
 enum {
     PANEL_TOKENS = 256,        /* most tokens packed at a time: bounds the scratch of long prompts */
-    GEMV_ROWS = 256,           /* rows whose sums lie on the stack at a time */
     PANEL_BYTES = 4 << 20,     /* and the same in bytes, where columns are many */
-    WEIGHTS_PER_TASK = 1 << 15 /* about a microsecond of work: handing out less costs more than it gains */
+    WEIGHTS_PER_TASK = 1 << 15, /* about a microsecond of work: handing out less costs more than it gains */
+    TOKENS_PER_TASK = 16,       /* packed by one task */
+    MAX_ROWS = 256,             /* rows whose sums wait together for their epilogue */
+    ROW_STEP = 16               /* decoding computes rows by so many */
 };
 
 /* ---- selection ---- */
@@ -125,38 +127,36 @@ static void *scratch_of(size_t size) {
     return scratch;
 }
 
-/* ---- tasks ---- */
+/* ---- tasks: each a stretch of rows of one product ---- */
 
 struct job {
     const struct billm_isa *isa;
     const struct billm_product *products;
-    size_t count;
+    size_t count, cols, block, blocks;
     const struct billm_tokens *x;
-    size_t first_task[BILLM_MAX_PRODUCTS + 1]; /* where the tasks of each product begin */
-    size_t rows_per_task;
+    size_t rows_per_task, *first_task; /* of each product, and the number of all tasks */
     /* decoding: the one token, prepared for each product */
-    const void *prepared[BILLM_MAX_PRODUCTS];
+    void **prepared;
     /* prompts: the packed panel of tokens first_token .. first_token + tokens, padded to padded_tokens */
-    const uint8_t *panel;
-    const float *panel_scales;
+    uint8_t *panel;
+    float *panel_scales;
     size_t panel_stride, first_token, tokens, padded_tokens;
 };
 
-/* Cut the rows of all products into tasks of `rows`; return how many. */
-static size_t cut_rows(struct job *job, size_t rows) {
-    job->rows_per_task = rows;
-    for (size_t i = 0; i < job->count; i++)
-        job->first_task[i + 1] = job->first_task[i] + (job->products[i].weight->rows + rows - 1) / rows;
-    return job->first_task[job->count];
-}
+/* The rows of a task. */
+struct share {
+    const struct billm_product *product;
+    size_t index, row, end;
+};
 
-/* Return the product that a task belongs to, and its first row there. */
-static size_t product_of(const struct job *job, size_t task, size_t *row) {
-    size_t i = 0;
-    while (task >= job->first_task[i + 1])
-        i++;
-    *row = (task - job->first_task[i]) * job->rows_per_task;
-    return i;
+static struct share share_of(const struct job *job, size_t task) {
+    struct share share = {NULL, 0, 0, 0};
+    while (job->first_task[share.index + 1] <= task)
+        share.index++;
+    share.product = &job->products[share.index];
+    share.row = (task - job->first_task[share.index]) * job->rows_per_task;
+    share.end = billm_min(share.row + job->rows_per_task, share.product->weight->rows);
+    return share;
 }
 
 static float half_to_float(unsigned half) {
@@ -186,132 +186,140 @@ static float row_bias(const struct billm_epilogue *e, size_t row) {
     return value;
 }
 
-/* The scales and biases of a few rows as float32. */
-struct ends {
-    float scale[BILLM_TILE_ROWS], bias[BILLM_TILE_ROWS];
-};
-
-static void read_ends(const struct billm_epilogue *e, size_t row, size_t rows, struct ends *ends) {
+/* What the rows row .. row + rows make of their sums: `stride` floats from one token's to the next. */
+static void finish(const struct billm_product *product, size_t row, size_t rows, const float *acc, size_t stride,
+                   size_t tokens, float *out) {
+    const struct billm_epilogue *e = &product->epilogue;
+    float scale[MAX_ROWS], bias[MAX_ROWS];
     for (size_t r = 0; r < rows; r++) {
-        ends->scale[r] = row_scale(e, row + r);
-        ends->bias[r] = row_bias(e, row + r);
+        scale[r] = row_scale(e, row + r);
+        bias[r] = row_bias(e, row + r);
     }
-}
-
-/* Turn the sums of a few rows into results. Without a bias nothing is added, not even a zero: -0 stays what it is. */
-static void finish(const struct billm_product *p, const struct ends *ends, size_t rows, const float *acc, float *out) {
-    for (size_t r = 0; r < rows; r++) {
-        float value = acc[r] * ends->scale[r];
-        value = p->epilogue.bias ? value + ends->bias[r] : value;
-        out[r] = p->accumulate ? out[r] + value : value;
-    }
+    for (size_t t = 0; t < tokens; t++, out += product->out_stride, acc += stride)
+        for (size_t r = 0; r < rows; r++) {
+            float value = e->bias ? acc[r] * scale[r] + bias[r] : acc[r] * scale[r];
+            out[row + r] = product->accumulate ? out[row + r] + value : value;
+        }
 }
 
 static void gemv_task(void *context, size_t index) {
     const struct job *job = context;
-    size_t row, i = product_of(job, index, &row);
-    const struct billm_product *p = &job->products[i];
-    const struct billm_weight *w = p->weight;
-    const size_t end = billm_min(row + job->rows_per_task, w->rows);
-    float acc[GEMV_ROWS];
-    for (size_t stop; row < end; row = stop) {
-        stop = billm_min(row + GEMV_ROWS, end);
-        if (w->values)
-            job->isa->int8_gemv(w, job->x->values, job->x->scales, row, stop, acc);
-        else
-            job->isa->binary_gemv(w, job->prepared[i], job->x->bits, job->x->scales, row, stop, acc);
-        for (size_t r = row; r < stop; r += BILLM_TILE_ROWS) {
-            const size_t rows = billm_min(BILLM_TILE_ROWS, stop - r);
-            struct ends ends;
-            read_ends(&p->epilogue, r, rows, &ends);
-            finish(p, &ends, rows, acc + (r - row), p->out + r);
-        }
+    struct share share = share_of(job, index);
+    const struct billm_weight *w = share.product->weight;
+    for (size_t row = share.row; row < share.end; row += MAX_ROWS) {
+        float acc[MAX_ROWS];
+        size_t end = billm_min(row + MAX_ROWS, share.end);
+        (w->values ? job->isa->int8_gemv : job->isa->binary_gemv)(w, job->prepared[share.index], job->x->bits,
+                                                                  job->x->scales, row, end, acc);
+        finish(share.product, row, end - row, acc, 0, 1, share.product->out);
     }
+}
+
+static void pack_task(void *context, size_t index) {
+    const struct job *job = context;
+    size_t token = index * TOKENS_PER_TASK, end = billm_min(token + TOKENS_PER_TASK, job->tokens);
+    for (; token < end; token++)
+        job->isa->pack(job->x->values + (job->first_token + token) * job->cols, job->cols,
+                       job->panel + token * job->panel_stride);
 }
 
 /* Multiply a tile of rows with the whole panel, a stretch of columns at a time. */
 static void gemm_task(void *context, size_t index) {
     const struct job *job = context;
-    size_t row, i = product_of(job, index, &row);
-    const struct billm_product *p = &job->products[i];
-    const struct billm_weight *w = p->weight;
+    struct share share = share_of(job, index);
+    const struct billm_weight *w = share.product->weight;
     const struct billm_isa *isa = job->isa;
     _Alignas(64) int16_t tile[BILLM_TILE_ROWS * BILLM_TILE_COLS];
     _Alignas(64) float acc[PANEL_TOKENS * BILLM_TILE_ROWS];
-    size_t rows = billm_min(isa->tile_rows, w->rows - row);
+    size_t rows = share.end - share.row;
     memset(acc, 0, job->padded_tokens * isa->tile_rows * sizeof *acc);
     for (size_t col = 0; col < w->cols; col += BILLM_TILE_COLS) {
         size_t cols = billm_min(BILLM_TILE_COLS, w->cols - col);
-        (w->values ? isa->int8_tile : isa->binary_tile)(w, row, rows, col, cols, tile);
-        isa->multiply(tile, cols, w->block, job->panel + col * sizeof(int16_t), job->panel_stride, job->x->bits,
-                      job->panel_scales + col / w->block, w->blocks, job->padded_tokens, acc);
+        (w->values ? isa->int8_tile : isa->binary_tile)(w, share.row, rows, col, cols, tile);
+        isa->multiply(tile, cols, w->block, job->panel + col * isa->packed_bytes, job->panel_stride,
+                      job->x->bits, job->panel_scales + col / w->block, w->blocks, job->padded_tokens, acc);
     }
-    struct ends ends;
-    read_ends(&p->epilogue, row, rows, &ends);
-    for (size_t t = 0; t < job->tokens; t++)
-        finish(p, &ends, rows, acc + t * isa->tile_rows, p->out + (job->first_token + t) * p->out_stride + row);
+    finish(share.product, share.row, rows, acc, isa->tile_rows, job->tokens,
+           share.product->out + job->first_token * share.product->out_stride);
+}
+
+/* ---- products ---- */
+
+static void run_tasks(struct job *job, void (*task)(void *, size_t), size_t rows_per_task) {
+    size_t tasks = 0;
+    job->rows_per_task = rows_per_task;
+    for (size_t i = 0; i < job->count; i++) {
+        job->first_task[i] = tasks;
+        tasks += (job->products[i].weight->rows + rows_per_task - 1) / rows_per_task;
+    }
+    job->first_task[job->count] = tasks;
+    billm_pool_run(task, job, tasks);
+}
+
+/* Scratch for the tables of a job, and `size` bytes more, aligned to 64; NULL if memory runs out. */
+static uint8_t *job_scratch(struct job *job, size_t size) {
+    size_t tables = billm_round_up((job->count + 1) * sizeof *job->first_task + job->count * sizeof *job->prepared, 64);
+    uint8_t *memory = scratch_of(tables + size);
+    if (!memory)
+        return NULL;
+    job->first_task = (void *)memory;
+    job->prepared = (void *)(memory + (job->count + 1) * sizeof *job->first_task);
+    return memory + tables;
 }
 
 static int run_gemv(struct job *job) {
-    size_t sizes[BILLM_MAX_PRODUCTS], bytes = 0, rows = 0;
+    size_t size = 0, rows = 0;
+    for (size_t i = 0; i < job->count; i++) {
+        size += billm_round_up(job->isa->prepared_bytes(job->products[i].weight), 64);
+        rows += job->products[i].weight->rows;
+    }
+    uint8_t *prepared = job_scratch(job, size);
+    if (!prepared)
+        return -1;
     for (size_t i = 0; i < job->count; i++) {
         const struct billm_weight *w = job->products[i].weight;
-        sizes[i] = w->values ? 0 : billm_round_up(job->isa->prepared_bytes(w), 64);
-        bytes += sizes[i];
-        rows += w->rows;
+        job->isa->prepare(w, job->x->values, prepared);
+        job->prepared[i] = prepared;
+        prepared += billm_round_up(job->isa->prepared_bytes(w), 64);
     }
-    uint8_t *prepared = bytes ? scratch_of(bytes) : NULL;
-    if (bytes && !prepared)
-        return -1;
-    for (size_t i = 0; i < job->count; prepared += sizes[i++])
-        if (sizes[i]) {
-            job->isa->prepare(job->products[i].weight, job->x->values, job->x->bits, prepared);
-            job->prepared[i] = prepared;
-        }
     /* Eight tasks a thread even out what else the machine does. */
-    const size_t cols = job->products[0].weight->cols, shares = 8 * (size_t)billm_pool_threads();
-    const size_t share = (rows + shares - 1) / shares, fewest = (WEIGHTS_PER_TASK + cols - 1) / cols;
-    billm_pool_run(gemv_task, job, cut_rows(job, billm_round_up(share > fewest ? share : fewest, 8)));
+    size_t shares = 8 * (size_t)billm_pool_threads();
+    size_t even = (rows + shares - 1) / shares, fewest = (WEIGHTS_PER_TASK + job->cols - 1) / job->cols;
+    run_tasks(job, gemv_task, billm_round_up(even > fewest ? even : fewest, ROW_STEP));
     return 0;
 }
 
-/* Pack `count` tokens from job->first_token on. */
-static void pack_panel(struct job *job, size_t count, uint8_t *panel, float *scales) {
-    const struct billm_weight *w = job->products[0].weight;
-    const struct billm_tokens *x = job->x;
-    job->tokens = count;
-    job->padded_tokens = billm_round_up(count, BILLM_TOKEN_STEP);
-    memset(panel + count * job->panel_stride, 0, (job->padded_tokens - count) * job->panel_stride);
-    memset(scales, 0, job->padded_tokens * w->blocks * sizeof *scales);
-    memcpy(scales, x->scales + job->first_token * w->blocks, count * w->blocks * sizeof *scales);
-    for (size_t t = 0; t < count; t++)
-        job->isa->pack(x->values + (job->first_token + t) * w->cols, w->cols, panel + t * job->panel_stride);
-}
-
 static int run_gemm(struct job *job) {
-    const struct billm_weight *w = job->products[0].weight;
-    const size_t count = job->x->count;
-    job->panel_stride = billm_round_up(w->cols, BILLM_UNIT) * sizeof(int16_t);
+    const struct billm_tokens *x = job->x;
+    job->panel_stride = billm_round_up(job->cols, BILLM_UNIT) * job->isa->packed_bytes;
     size_t most = billm_min(PANEL_TOKENS, PANEL_BYTES / job->panel_stride / BILLM_TOKEN_STEP * BILLM_TOKEN_STEP);
-    most = billm_min(most ? most : BILLM_TOKEN_STEP, billm_round_up(count, BILLM_TOKEN_STEP));
-    uint8_t *panel = scratch_of(most * (job->panel_stride + w->blocks * sizeof(float)));
-    if (!panel)
+    most = billm_min(most ? most : BILLM_TOKEN_STEP, billm_round_up(x->count, BILLM_TOKEN_STEP));
+    job->panel = job_scratch(job, most * (job->panel_stride + job->blocks * sizeof(float)));
+    if (!job->panel)
         return -1;
-    float *scales = (void *)(panel + most * job->panel_stride);
-    job->panel = panel;
-    job->panel_scales = scales;
-    const size_t tasks = cut_rows(job, job->isa->tile_rows);
-    for (; job->first_token < count; job->first_token += job->tokens) {
-        pack_panel(job, billm_min(most, count - job->first_token), panel, scales);
-        billm_pool_run(gemm_task, job, tasks);
+    job->panel_scales = (void *)(job->panel + most * job->panel_stride);
+    for (job->first_token = 0; job->first_token < x->count; job->first_token += most) {
+        job->tokens = billm_min(most, x->count - job->first_token);
+        job->padded_tokens = billm_round_up(job->tokens, BILLM_TOKEN_STEP);
+        memset(job->panel + job->tokens * job->panel_stride, 0,
+               (job->padded_tokens - job->tokens) * job->panel_stride);
+        memset(job->panel_scales, 0, job->padded_tokens * job->blocks * sizeof(float));
+        memcpy(job->panel_scales, x->scales + job->first_token * job->blocks,
+               job->tokens * job->blocks * sizeof(float));
+        billm_pool_run(pack_task, job, (job->tokens + TOKENS_PER_TASK - 1) / TOKENS_PER_TASK);
+        run_tasks(job, gemm_task, job->isa->tile_rows);
     }
     return 0;
 }
 
 int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x) {
-    struct job job = {.isa = billm_isa_in_turn(), .products = products, .count = count, .x = x};
-    if (!x->count)
+    if (!x->count || !count)
         return 0;
+    const struct billm_weight *w = products->weight;
+    struct job job = {.isa = billm_isa_in_turn(), .products = products, .count = count, .x = x};
+    job.cols = w->cols;
+    job.block = w->block;
+    job.blocks = w->blocks;
     return x->count == 1 ? run_gemv(&job) : run_gemm(&job);
 }
 
@@ -321,6 +329,8 @@ int billm_products(const struct billm_product *products, size_t count, const str
     billm_pool_unlock();
     return failed;
 }
+
+/* ---- activations ---- */
 
 struct quantize_job {
     const struct billm_isa *isa;
@@ -340,20 +350,20 @@ static void quantize_task(void *context, size_t index) {
 }
 
 void billm_quantize_in_turn(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
-                            int16_t *values, float *scales) {
+                           int16_t *values, float *scales) {
     struct quantize_job job = {.isa = billm_isa_in_turn(), .x = x, .col_scale = col_scale, .tokens = tokens};
     job.tokens_per_task = 1 + (WEIGHTS_PER_TASK - 1) / cols;
     job.cols = cols;
     job.block = block;
-    job.blocks = (cols + block - 1) / block;
     job.bits = bits;
     job.values = values;
     job.scales = scales;
+    job.blocks = (cols + block - 1) / block;
     billm_pool_run(quantize_task, &job, (tokens + job.tokens_per_task - 1) / job.tokens_per_task);
 }
 
 void billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
-                    int16_t *values, float *scales) {
+                   int16_t *values, float *scales) {
     billm_pool_lock();
     billm_quantize_in_turn(x, col_scale, tokens, cols, block, bits, values, scales);
     billm_pool_unlock();

@@ -3,14 +3,15 @@
  * The meaning of every product, the same on every instruction set, bit for bit:
  *
  *   isum[t, r, b] = sum over the columns j of block b of level[r, j] * x[t, j]      exact in int32
- *   acc           = 0; for b = 0, 1, ...: acc = acc + x_scale[t, b] * (float)isum     float32, a rounding each time
+ *   acc           = 0; for b = 0, 1, ...: acc = acc + x_scale[t, b] * (float)isum     float32, two roundings a step
  *   out[t, r]     = acc * row_scale[r] (+ bias[r])
  *
- * |isum| <= 256 * 255 * 32512 < 2^31. No fused multiply-add and one fixed order: results do not depend on the
- * instruction set, the number of threads, or how many tokens are computed together.
+ * |isum| <= 256 * 255 * 32639 < 2^31; its conversion to float32 rounds to nearest, halves to even. No fused multiply-add
+ * and one fixed order: results do not depend on the instruction set, the number of threads, or how many tokens are
+ * computed together.
  *
- * An activation is an integer of 8 bits, -127..127, or 16, -32512..32512: then 255 * high + low with both in -127..127,
- * for instructions that multiply bytes. Unlike 256 this base leaves out -128, whose negative no byte holds.
+ * Activations are int16, of 8 bits (|x| <= 127) or of 16 (|x| <= 127 * 256 + 127): so x = 256 * high + low with both
+ * bytes signed and |high| <= 127, and the same holds of -x.
  */
 #ifndef BILLM_KERNELS_H
 #define BILLM_KERNELS_H
@@ -23,12 +24,8 @@
 enum {
     BILLM_UNIT = 32, /* every block is a whole number of units of 32 columns (4 bytes of a bit plane) */
     BILLM_MAX_BLOCK = 256,
-    BILLM_BASE = 255,           /* 16-bit activations are BILLM_BASE * high + low */
-    BILLM_TOP_8 = 127,          /* the largest activation of 8 bits */
-    BILLM_TOP_16 = 127 * 256,   /* and of 16: 127 * BILLM_BASE + 127 */
-    BILLM_MAX_PRODUCTS = 3,     /* weights that read the same tokens in one call: q, k and v */
-    BILLM_TILE_ROWS = 16,  /* most rows of a decoded tile */
-    BILLM_TILE_COLS = 512, /* most columns of one: a whole number of blocks, and 16 KiB of int16 stay in the L1 cache */
+    BILLM_TILE_ROWS = 32,  /* most rows of a decoded tile */
+    BILLM_TILE_COLS = 256, /* most columns of one: a whole number of blocks, and 16 KiB of int16 stay in the L1 cache */
     BILLM_TOKEN_STEP = 4   /* the product of a tile takes tokens by fours */
 };
 
@@ -45,10 +42,10 @@ struct billm_weight {
 
 /* Quantized activations of `count` tokens. */
 struct billm_tokens {
-    const int16_t *values; /* [count, cols] */
+    const int16_t *values; /* [count, cols], at most billm_top(bits) and at least its negative */
     const float *scales;   /* [count, blocks] */
     size_t count;
-    int bits; /* 8: |values| <= BILLM_TOP_8; 16: <= BILLM_TOP_16 */
+    int bits; /* 8 or 16 */
 };
 
 /* What turns acc into out. */
@@ -58,13 +55,13 @@ struct billm_epilogue {
     const uint8_t *bias; /* [rows] float32, any alignment, or NULL */
 };
 
-/* One weight, and where its results go. */
+/* One weight of several that multiply the same tokens. */
 struct billm_product {
     const struct billm_weight *weight;
     struct billm_epilogue epilogue;
     float *out;
-    size_t out_stride; /* floats from one token's results to the next */
-    int accumulate;    /* add to what `out` holds */
+    size_t out_stride; /* floats from one token's row of `out` to the next */
+    int accumulate;    /* add to what `out` holds (one more rounding) instead of replacing it */
 };
 
 struct billm_float_ops;
@@ -72,27 +69,29 @@ struct billm_float_ops;
 /* One instruction set. Pointers without a stated alignment have none. */
 struct billm_isa {
     const char *name;
-    size_t tile_rows; /* rows of a tile, at most BILLM_TILE_ROWS */
+    size_t tile_rows;    /* rows of a tile, at most BILLM_TILE_ROWS */
+    size_t packed_bytes; /* bytes of a packed activation */
 
     /* One token: x [cols] (times col_scale [cols] if not NULL) to values [cols], scales [blocks]. */
     void (*quantize)(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
                      float *scales);
 
-    /* Decoding: one token, written once in the form that binary_gemv wants (64-byte aligned), then rows at will. */
+    /* Decoding: one token, written once in the form that the weight's product wants (64-byte aligned), then rows at
+     * will. */
     size_t (*prepared_bytes)(const struct billm_weight *weight);
-    void (*prepare)(const struct billm_weight *weight, const int16_t *x, int bits, void *prepared);
+    void (*prepare)(const struct billm_weight *weight, const int16_t *x, void *prepared);
     void (*binary_gemv)(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
                         size_t row, size_t end, float *acc);
-    void (*int8_gemv)(const struct billm_weight *weight, const int16_t *x, const float *x_scale, size_t row, size_t end,
-                      float *acc);
+    void (*int8_gemv)(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                      size_t row, size_t end, float *acc);
 
-    /* Prompts: `rows` (1..tile_rows) rows of `cols` (1..BILLM_TILE_COLS) columns from `col` (a multiple of 512) become
+    /* Prompts: `rows` (1..tile_rows) rows of `cols` (1..BILLM_TILE_COLS) columns from `col` (a multiple of that) become
      * a tile (64-byte aligned, BILLM_TILE_ROWS * BILLM_TILE_COLS * 2 bytes), padded to a whole unit; what a tile and a
      * packed token look like inside is the instruction set's own affair. */
     void (*binary_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                         void *tile);
     void (*int8_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols, void *tile);
-    void (*pack)(const int16_t *x, size_t cols, void *packed); /* 2 bytes a column, zeros up to a whole unit */
+    void (*pack)(const int16_t *x, size_t cols, void *packed); /* one token, padded with zeros to a whole unit */
 
     /* acc[t][0..tile_rows) continues over the columns of the tile, t < tokens (a multiple of BILLM_TOKEN_STEP).
      * Packed tokens lie x_stride bytes apart, their scales scale_stride floats apart. */
@@ -110,24 +109,26 @@ void billm_avx2_binary_tile(const struct billm_weight *weight, size_t row, size_
                             void *tile);
 void billm_avx2_int8_tile(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                           void *tile);
+void billm_avx2_pack(const int16_t *x, size_t cols, void *packed);
 #endif
 #if defined(__aarch64__)
 extern const struct billm_isa billm_neon;
 #endif
 
 /* dispatch.c. `supported` fills names, best first, and returns how many; `select` returns -1 for one not supported.
- * The others return -1 when memory runs out. All may be called from several threads; they take turns, but for those
- * "in turn", which belong to a caller that has the pool's. The weights of several products have the same cols and block. */
+ * `products` multiplies tokens by one or more weights of the same cols and block, in one run of the pool. It returns -1
+ * when memory runs out. All may be called from several threads; they take turns, except those whose caller holds the
+ * pool's turn already. */
 size_t billm_supported(const char *names[4]);
 int billm_select(const char *name);
 const char *billm_selected(void);
 const struct billm_isa *billm_isa_in_turn(void);
-void billm_quantize_in_turn(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
-                            int16_t *values, float *scales);
 void billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
                     int16_t *values, float *scales);
-int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x);
+void billm_quantize_in_turn(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
+                            int16_t *values, float *scales);
 int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x);
+int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x);
 
 /* pool.c. A turn (lock .. unlock) owns the pool; run calls task(context, i) once for every i < count. */
 void billm_pool_lock(void);
@@ -150,27 +151,17 @@ static inline uint32_t billm_load32(const void *address) {
     return value;
 }
 
-/* x = BILLM_BASE * high + low: the nearest multiple of an odd number, so there are no halves. */
-static inline void billm_split(const int16_t *x, size_t n, int8_t *high, int8_t *low) {
-    for (size_t j = 0; j < n; j++) {
-        int part = (int)((unsigned)(x[j] + 127 + 128 * BILLM_BASE) / BILLM_BASE) - 128;
-        high[j] = (int8_t)part;
-        low[j] = (int8_t)(x[j] - BILLM_BASE * part);
-    }
-}
-
-/* A packed token for instructions that multiply pairs of int16. */
-static inline void billm_pack_int16(const int16_t *x, size_t cols, void *packed) {
-    int16_t *out = packed;
-    memcpy(out, x, cols * sizeof *out);
-    memset(out + cols, 0, (billm_round_up(cols, BILLM_UNIT) - cols) * sizeof *out);
+/* The largest value of an activation. */
+static inline int32_t billm_top(int bits) {
+    return bits == 8 ? 127 : 127 * 256 + 127;
 }
 
 /* Quantize one token; every instruction set compiles its own copy. A union views a float's bits; loops are plain enough
  * for compilers to vectorize. A block that holds a NaN or an infinity gets the scale NaN, which products inherit. */
 static inline void billm_quantize_token(const float *restrict x, const float *restrict col_scale, size_t cols,
-                                        size_t block, int bits, int16_t *restrict values, float *restrict scales) {
-    const int32_t top = bits == 8 ? BILLM_TOP_8 : BILLM_TOP_16;
+                                        size_t block, int bits, int16_t *restrict values,
+                                        float *restrict scales) {
+    const int32_t top = billm_top(bits);
     const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, halves to even */
     union {
         float number[BILLM_MAX_BLOCK];
@@ -189,8 +180,8 @@ static inline void billm_quantize_token(const float *restrict x, const float *re
             memcpy(scaled.number, x + start, n * sizeof *x);
         absmax.bits = 0;
         for (size_t j = 0; j < n; j++) {
-            uint32_t magnitude = scaled.bits[j] & 0x7fffffffu;
-            absmax.bits = magnitude > absmax.bits ? magnitude : absmax.bits;
+            uint32_t bits = scaled.bits[j] & 0x7fffffffu;
+            absmax.bits = bits > absmax.bits ? bits : absmax.bits;
         }
         float scale = absmax.bits < 0x7f800000u ? absmax.number / (float)top : NAN;
         *scales++ = scale;
@@ -202,7 +193,7 @@ static inline void billm_quantize_token(const float *restrict x, const float *re
             scaled.number[j] = scaled.number[j] / scale + to_integer;
         for (size_t j = 0; j < n; j++) {
             int32_t value = (int32_t)scaled.bits[j] - 0x4b400000; /* the bits of to_integer */
-            value = value > top ? top : value;                    /* a subnormal scale is too coarse for so many steps */
+            value = value > top ? top : value; /* a subnormal scale is too coarse for so many steps */
             values[start + j] = (int16_t)(value < -top ? -top : value);
         }
     }

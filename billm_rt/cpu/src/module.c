@@ -70,7 +70,7 @@ int billm_check_block(Py_ssize_t block) {
 int billm_check_bits(int bits) {
     if (bits == 8 || bits == 16)
         return 0;
-    PyErr_Format(PyExc_ValueError, "activation bits: wanted 8 or 16, found %d", bits);
+    PyErr_Format(PyExc_ValueError, "bits: wanted 8 or 16, found %d", bits);
     return -1;
 }
 

@@ -2,6 +2,8 @@
  *
  * Decoding is the algebra that x86.h explains, with slabs of 128 columns. For prompts a level, up to 255, becomes two
  * signed bytes: level = 2 high + low, |high| <= 127, |low| <= 1.
+ *
+ * An activation of 16 bits is two signed bytes as well, 256 high + low: all sums are taken twice then, which is exact.
  */
 #include "decoder.h"
 
@@ -15,6 +17,17 @@ static void quantize(const float *x, const float *col_scale, size_t cols, size_t
 /* acc + scale * sum, two roundings. */
 static inline float32x4_t step(float32x4_t acc, float scale, int32x4_t sum) {
     return vaddq_f32(acc, vmulq_n_f32(vcvtq_f32_s32(sum), scale));
+}
+
+/* The digit of sixteen activations: high byte or low, signed, with 256 high + low = x. */
+static inline int8x16_t low_digit(const int16_t *x) {
+    return vreinterpretq_s8_u8(vuzp1q_u8(vreinterpretq_u8_s16(vld1q_s16(x)), vreinterpretq_u8_s16(vld1q_s16(x + 8))));
+}
+
+static inline int8x16_t high_digit(const int16_t *x) {
+    /* What the low byte, if negative, borrowed: (x + 128) >> 8. */
+    int16x8_t half = vdupq_n_s16(128), a = vqaddq_s16(vld1q_s16(x), half), b = vqaddq_s16(vld1q_s16(x + 8), half);
+    return vreinterpretq_s8_u8(vuzp2q_u8(vreinterpretq_u8_s16(a), vreinterpretq_u8_s16(b)));
 }
 
 /* The four magnitudes (bytes of each 32-bit lane) from alpha_c, alpha_s, alpha_o, alpha_r. */
@@ -46,13 +59,8 @@ struct slab {
     int32_t plain_sums[4], salient_sums[4]; /* per unit */
 };
 
-/* The slabs of the low parts of the activations, then those of the high parts. */
-static size_t slabs(const struct billm_weight *w) {
+static size_t slabs_of(const struct billm_weight *w) {
     return (w->cols + SLAB_COLS - 1) / SLAB_COLS;
-}
-
-static size_t prepared_bytes(const struct billm_weight *w) {
-    return 2 * slabs(w) * sizeof(struct slab);
 }
 
 static void prepare_slab(const int8_t *x, const uint8_t *salient_plane, struct slab *slab) {
@@ -73,21 +81,21 @@ static void prepare_slab(const int8_t *x, const uint8_t *salient_plane, struct s
     vst1q_s32(slab->salient_sums, salient_sum);
 }
 
-static void prepare(const struct billm_weight *w, const int16_t *x, int bits, void *prepared) {
-    struct slab *low = prepared, *high = low + slabs(w);
-    for (size_t col = 0; col < w->cols; col += SLAB_COLS, low++, high++) {
-        int8_t parts[2][SLAB_COLS] = {{0}};
+/* The slabs of the low digits, then those of the high ones. */
+static void prepare_binary(const struct billm_weight *w, const int16_t *x, struct slab *slab) {
+    for (size_t col = 0; col < w->cols; col += SLAB_COLS, slab++) {
+        int16_t values[SLAB_COLS] = {0};
+        int8_t low[SLAB_COLS], high[SLAB_COLS];
         uint8_t salient[SLAB_COLS / 8] = {0};
-        billm_split(x + col, billm_min(SLAB_COLS, w->cols - col), parts[1], parts[0]);
+        memcpy(values, x + col, billm_min(SLAB_COLS, w->cols - col) * sizeof *x);
         memcpy(salient, w->salient + col / 8, billm_min(SLAB_COLS / 8, w->stride - col / 8));
-        prepare_slab(parts[0], salient, low);
-        if (bits > 8)
-            prepare_slab(parts[1], salient, high);
+        for (size_t j = 0; j < SLAB_COLS; j += 16) {
+            vst1q_s8(low + j, low_digit(values + j));
+            vst1q_s8(high + j, high_digit(values + j));
+        }
+        prepare_slab(low, salient, slab);
+        prepare_slab(high, salient, slab + slabs_of(w));
     }
-}
-
-static inline int32x4_t both(int32x4_t low, int32x4_t high) {
-    return vmlaq_n_s32(low, high, BILLM_BASE);
 }
 
 /* sum(level * x) of each unit of a slab, from 16 bytes of both planes and the magnitudes of each unit's block. */
@@ -127,9 +135,8 @@ static inline uint8x16_t load_words(const uint8_t *from, size_t words) {
     return vld1q_u8(bytes);
 }
 
-/* `high`: slabs from that of the low parts to that of the high parts; 0: there are none. */
-static inline int32x4_t row_sums(const struct billm_weight *w, size_t row, size_t unit, const struct slab *slab,
-                                 size_t high) {
+static inline int32x4_t row_sums(const struct billm_weight *w, size_t row, size_t unit, const struct slab *low,
+                                 const struct slab *high, int bits) {
     const uint8_t *scales = w->scales + 4 * row * w->blocks;
     const size_t units_per_block = w->block / BILLM_UNIT, left = w->stride / 4 - unit;
     uint32_t words[SLAB_UNITS];
@@ -138,22 +145,24 @@ static inline int32x4_t row_sums(const struct billm_weight *w, size_t row, size_
     size_t at = row * w->stride + 4 * unit;
     uint8x16_t sign = load_words(w->sign + at, left), second = load_words(w->second + at, left);
     uint8x16_t magnitudes = magnitudes_of(vld1q_u32(words));
-    int32x4_t low = unit_sums(sign, second, slab, magnitudes);
-    return high ? both(low, unit_sums(sign, second, slab + high, magnitudes)) : low;
+    int32x4_t sums = unit_sums(sign, second, low, magnitudes);
+    if (bits == 8)
+        return sums;
+    return vaddq_s32(sums, vshlq_n_s32(unit_sums(sign, second, high, magnitudes), 8));
 }
 
 /* Four rows at a time, so that a lane of the running sums is a row. */
 static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
                         size_t end, float *acc) {
-    const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4, high = bits > 8 ? slabs(w) : 0;
+    const size_t units_per_block = w->block / BILLM_UNIT, units = w->stride / 4;
     for (; row < end; row += 4) {
         size_t rows = billm_min(4, end - row), unit = 0, block = 0;
         float32x4_t total = vdupq_n_f32(0.0f);
         int32x4_t sum = vdupq_n_s32(0);
-        for (const struct slab *slab = prepared; unit < units; slab++) {
+        for (const struct slab *low = prepared, *high = low + slabs_of(w); unit < units; low++, high++) {
             int32x4_t sums[4];
             for (size_t r = 0; r < 4; r++) /* a short group repeats its last row */
-                sums[r] = row_sums(w, row + billm_min(r, rows - 1), unit, slab, high);
+                sums[r] = row_sums(w, row + billm_min(r, rows - 1), unit, low, high, bits);
             transpose4(sums);
             for (size_t i = 0, left = units - unit; i < billm_min(SLAB_UNITS, left); i++) {
                 sum = vaddq_s32(sum, sums[i]);
@@ -176,33 +185,43 @@ static int8x16_t load_start(const int8_t *from, size_t count) {
     return vld1q_s8(values);
 }
 
-static inline int32x4_t dot16(int32x4_t sum, int8x16_t weight, const int16_t *x) {
-    int16x8_t low = vmovl_s8(vget_low_s8(weight)), high = vmovl_high_s8(weight), a = vld1q_s16(x), b = vld1q_s16(x + 8);
-    sum = vmlal_high_s16(vmlal_s16(sum, vget_low_s16(low), vget_low_s16(a)), low, a);
-    return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(high), vget_low_s16(b)), high, b);
+/* The low digits, padded with zeros to whole vectors, then the high ones. */
+static void prepare_int8(const struct billm_weight *w, const int16_t *x, int8_t *out) {
+    const size_t padded = billm_round_up(w->cols, 16);
+    for (size_t j = 0; j < padded; j += 16) {
+        int16_t values[16] = {0};
+        memcpy(values, x + j, billm_min(16, w->cols - j) * sizeof *x);
+        vst1q_s8(out + j, low_digit(values));
+        vst1q_s8(out + padded + j, high_digit(values));
+    }
 }
 
-static void int8_gemv(const struct billm_weight *w, const int16_t *x, const float *x_scale, size_t row, size_t end,
-                      float *acc) {
-    const size_t whole = w->cols / 16 * 16, rest = w->cols - whole;
-    int16_t last[16] = {0};
-    memcpy(last, x + whole, rest * sizeof *x);
+/* The sums of columns col .. stop of a row, spread over the lanes. */
+static inline int32x4_t int8_sums(const int8_t *values, const int8_t *low, const int8_t *high, size_t col, size_t stop,
+                                  int bits) {
+    int32x4_t sum = vdupq_n_s32(0), high_sum = sum;
+    for (size_t j = col; j < stop; j += 16) {
+        int8x16_t value = stop - j >= 16 ? vld1q_s8(values + j) : load_start(values + j, stop - j);
+        sum = vdotq_s32(sum, value, vld1q_s8(low + j));
+        if (bits != 8)
+            high_sum = vdotq_s32(high_sum, value, vld1q_s8(high + j));
+    }
+    return vaddq_s32(sum, vshlq_n_s32(high_sum, 8));
+}
+
+static void int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                      size_t end, float *acc) {
+    const int8_t *low = prepared, *high = low + billm_round_up(w->cols, 16);
     for (; row < end; row += 4) {
         size_t rows = billm_min(4, end - row);
         float32x4_t total = vdupq_n_f32(0.0f);
         for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
-            size_t stop = billm_min(col + w->block, whole);
             int32x4_t sums[4];
-            for (size_t r = 0; r < 4; r++) {
-                const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
-                sums[r] = vdupq_n_s32(0);
-                for (size_t j = col; j < stop; j += 16)
-                    sums[r] = dot16(sums[r], vld1q_s8(values + j), x + j);
-                if (rest && b + 1 == w->blocks)
-                    sums[r] = dot16(sums[r], load_start(values + whole, rest), last);
-            }
-            int32x4_t sum = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
-            total = step(total, x_scale[b], sum);
+            for (size_t r = 0; r < 4; r++)
+                sums[r] = int8_sums(w->values + (row + billm_min(r, rows - 1)) * w->stride, low, high, col,
+                                    billm_min(col + w->block, w->cols), bits);
+            total = step(total, x_scale[b],
+                         vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])));
         }
         float result[4];
         vst1q_f32(result, total);
@@ -211,7 +230,18 @@ static void int8_gemv(const struct billm_weight *w, const int16_t *x, const floa
     }
 }
 
-/* ---- prompts: a tile is int8 [cols / 4][high, low][8 rows][4], a packed token int8 [cols / 32][low, high][32] ---- */
+static size_t prepared_bytes(const struct billm_weight *w) {
+    return w->values ? 2 * billm_round_up(w->cols, 16) : 2 * slabs_of(w) * sizeof(struct slab);
+}
+
+static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
+    if (w->values)
+        prepare_int8(w, x, prepared);
+    else
+        prepare_binary(w, x, prepared);
+}
+
+/* ---- prompts: a tile is int8 [cols / 4][high, low][8 rows][4], a packed token int8 [cols / 16][low, high][16] ---- */
 
 enum { TILE_ROWS = 8, QUAD_BYTES = 2 * TILE_ROWS * 4 };
 
@@ -289,9 +319,13 @@ static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, siz
 
 static void pack(const int16_t *x, size_t cols, void *packed) {
     int8_t *out = packed;
-    memset(out, 0, 2 * billm_round_up(cols, BILLM_UNIT));
-    for (size_t j = 0; j < cols; j += BILLM_UNIT)
-        billm_split(x + j, billm_min(BILLM_UNIT, cols - j), out + 2 * j + BILLM_UNIT, out + 2 * j);
+    for (size_t j = 0; j < billm_round_up(cols, BILLM_UNIT); j += 16, out += 32) {
+        int16_t values[16] = {0};
+        if (j < cols)
+            memcpy(values, x + j, billm_min(16, cols - j) * sizeof *x);
+        vst1q_s8(out, low_digit(values));
+        vst1q_s8(out + 16, high_digit(values));
+    }
 }
 
 /* One quad of columns, four tokens: high (h) and low (l) sums of rows 0..3 (0) and 4..7 (1). */
@@ -307,7 +341,7 @@ static void pack(const int16_t *x, size_t cols, void *packed) {
         }                                                                                                              \
     } while (0)
 
-/* `x` is the first unit of either part. */
+/* The sums of one digit, which `x` points to. */
 static void multiply_block(const int8_t *tile, size_t cols, const int8_t *x, size_t x_stride,
                            int32x4_t sums[BILLM_TOKEN_STEP][2]) {
     int32x4_t h0[BILLM_TOKEN_STEP], h1[BILLM_TOKEN_STEP], l0[BILLM_TOKEN_STEP], l1[BILLM_TOKEN_STEP];
@@ -316,7 +350,7 @@ static void multiply_block(const int8_t *tile, size_t cols, const int8_t *x, siz
     for (size_t j = 0; j < cols; j += 16, tile += 4 * QUAD_BYTES) {
         int8x16_t value[BILLM_TOKEN_STEP];
         for (size_t t = 0; t < BILLM_TOKEN_STEP; t++)
-            value[t] = vld1q_s8(x + t * x_stride + j / BILLM_UNIT * 2 * BILLM_UNIT + j % BILLM_UNIT);
+            value[t] = vld1q_s8(x + t * x_stride + 2 * j);
         QUAD(0);
         QUAD(1);
         QUAD(2);
@@ -332,16 +366,17 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
                      const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
     for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
         for (size_t b = 0, col = 0; col < cols; b++, col += block) {
-            const int8_t *levels = (const int8_t *)tile + col / 4 * QUAD_BYTES;
-            const int8_t *low = (const int8_t *)x + t * x_stride + 2 * col;
-            int32x4_t sums[BILLM_TOKEN_STEP][2], high[BILLM_TOKEN_STEP][2] = {{vdupq_n_s32(0)}};
-            multiply_block(levels, billm_min(block, cols - col), low, x_stride, sums);
-            if (bits > 8)
-                multiply_block(levels, billm_min(block, cols - col), low + BILLM_UNIT, x_stride, high);
+            int32x4_t low[BILLM_TOKEN_STEP][2], high[BILLM_TOKEN_STEP][2] = {{vdupq_n_s32(0)}};
+            const int8_t *level = (const int8_t *)tile + col / 4 * QUAD_BYTES;
+            const int8_t *values = (const int8_t *)x + t * x_stride + 2 * col;
+            const size_t count = billm_min(block, cols - col);
+            multiply_block(level, count, values, x_stride, low);
+            if (bits != 8)
+                multiply_block(level, count, values + 16, x_stride, high);
             for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
                 float scale = x_scale[(t + i) * scale_stride + b], *to = acc + i * TILE_ROWS;
                 for (size_t half = 0; half < 2; half++) {
-                    int32x4_t sum = bits > 8 ? both(sums[i][half], high[i][half]) : sums[i][half];
+                    int32x4_t sum = vaddq_s32(low[i][half], vshlq_n_s32(high[i][half], 8));
                     vst1q_f32(to + 4 * half, step(vld1q_f32(to + 4 * half), scale, sum));
                 }
             }
@@ -352,6 +387,7 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_neon = {
     .name = "neon-dotprod",
     .tile_rows = TILE_ROWS,
+    .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,

@@ -26,13 +26,12 @@ static size_t prepared_bytes(const struct billm_weight *w) {
     return w->cols * sizeof(int16_t);
 }
 
-static void prepare(const struct billm_weight *w, const int16_t *x, int bits, void *prepared) {
-    (void)bits;
+static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
     memcpy(prepared, x, w->cols * sizeof *x);
 }
 
-static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
-                        size_t end, float *acc) {
+static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+                                size_t row, size_t end, float *acc) {
     const int16_t *x = prepared;
     (void)bits;
     for (; row < end; row++) {
@@ -50,8 +49,10 @@ static void binary_gemv(const struct billm_weight *w, const void *prepared, int 
     }
 }
 
-static void int8_gemv(const struct billm_weight *w, const int16_t *x, const float *x_scale, size_t row, size_t end,
-                      float *acc) {
+static void int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+                              size_t row, size_t end, float *acc) {
+    const int16_t *x = prepared;
+    (void)bits;
     for (; row < end; row++) {
         const int8_t *values = w->values + row * w->stride;
         float total = 0.0f;
@@ -85,6 +86,11 @@ static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, siz
             out[r * BILLM_TILE_COLS + j] = w->values[(row + r) * w->stride + col + j];
 }
 
+static void pack(const int16_t *x, size_t cols, void *packed) {
+    memset(packed, 0, billm_round_up(cols, BILLM_UNIT) * sizeof *x);
+    memcpy(packed, x, cols * sizeof *x);
+}
+
 static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
                      const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
     (void)bits;
@@ -107,6 +113,7 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_portable = {
     .name = "portable",
     .tile_rows = TILE_ROWS,
+    .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
@@ -114,7 +121,7 @@ const struct billm_isa billm_portable = {
     .int8_gemv = int8_gemv,
     .binary_tile = binary_tile,
     .int8_tile = int8_tile,
-    .pack = billm_pack_int16,
+    .pack = pack,
     .multiply = multiply,
     .floats = &billm_float_portable,
 };

@@ -29,16 +29,16 @@ static inline simde__m512 billm_cvtepi32_ps(simde__m512i value) {
         to[i] = (float)from[i];
     return simde_mm512_loadu_ps(to);
 }
-static inline simde__m512i billm_maskz_loadu_epi32(unsigned mask, const void *from) {
-    int32_t words[16] = {0};
-    for (int i = 0; i < 16; i++)
+static inline simde__m512i billm_maskz_loadu_epi8(simde__mmask64 mask, const void *from) {
+    int8_t bytes[64] = {0};
+    for (int i = 0; i < 64; i++)
         if (mask >> i & 1)
-            memcpy(&words[i], (const char *)from + 4 * i, 4);
-    return simde_mm512_loadu_si512(words);
+            bytes[i] = ((const int8_t *)from)[i];
+    return simde_mm512_loadu_si512(bytes);
 }
 /* Missing in SIMDe 0.7. */
 #define _mm512_cvtepi32_ps billm_cvtepi32_ps
-#define _mm512_maskz_loadu_epi32 billm_maskz_loadu_epi32
+#define _mm512_maskz_loadu_epi8 billm_maskz_loadu_epi8
 #else
 #include <immintrin.h>
 #endif
@@ -138,31 +138,40 @@ static inline void billm_prepare256(const int8_t *x, const uint8_t *salient_plan
     _mm256_storeu_si256((__m256i *)sums, _mm256_or_si256(plain_sum, salient_sum));
 }
 
-/* The slabs of the low parts of the activations, then those of the high parts. */
 static inline size_t billm_slabs(const struct billm_weight *w) {
     return (w->cols + 255) / 256;
 }
 
-static inline size_t billm_prepared_bytes(const struct billm_weight *w) {
-    return 2 * billm_slabs(w) * sizeof(struct billm_slab);
+/* The digits of 16 activations: 256 high + low = x, both signed. */
+static inline void billm_split16(const int16_t *x, int8_t *low, int8_t *high) {
+    const __m256i values = _mm256_loadu_si256((const __m256i *)x), byte = _mm256_set1_epi16(0xff);
+    __m256i upper = _mm256_srli_epi16(_mm256_add_epi16(values, _mm256_set1_epi16(128)), 8);
+    __m256i both = _mm256_packus_epi16(_mm256_and_si256(values, byte), upper);
+    both = _mm256_permute4x64_epi64(both, 0xd8);
+    _mm_storeu_si128((__m128i *)low, _mm256_castsi256_si128(both));
+    _mm_storeu_si128((__m128i *)high, _mm256_extracti128_si256(both, 1));
 }
 
-static inline void billm_prepare(const struct billm_weight *w, const int16_t *x, int bits, void *prepared) {
-    struct billm_slab *low = prepared, *high = low + billm_slabs(w);
-    for (size_t col = 0; col < w->cols; col += 256, low++, high++) {
-        const size_t count = billm_min(256, w->cols - col), bytes = billm_min(32, w->stride - col / 8);
-        int8_t parts[2][256] = {{0}};
+/* The slabs of the low digits, then those of the high ones. */
+static inline void billm_prepare_binary(const struct billm_weight *w, const int16_t *x, struct billm_slab *slab) {
+    const size_t slabs = billm_slabs(w);
+    for (size_t col = 0; col < w->cols; col += 256, slab++) {
+        int16_t values[256] = {0};
+        int8_t digits[2][256];
         uint8_t salient[32] = {0};
-        billm_split(x + col, count, parts[1], parts[0]);
-        memcpy(salient, w->salient + col / 8, bytes);
-        if (bytes <= 16) { /* a short slab lies there twice, so that it serves two rows at once */
-            memcpy(parts[0] + 128, parts[0], 128);
-            memcpy(parts[1] + 128, parts[1], 128);
+        memcpy(values, x + col, billm_min(256, w->cols - col) * sizeof *x);
+        memcpy(salient, w->salient + col / 8, billm_min(32, w->stride - col / 8));
+        for (size_t j = 0; j < 256; j += 16)
+            billm_split16(values + j, digits[0] + j, digits[1] + j);
+        if (w->stride - col / 8 <= 16) { /* a short slab lies there twice, so that it serves two rows at once */
+            memcpy(digits[0] + 128, digits[0], 128);
+            memcpy(digits[1] + 128, digits[1], 128);
             memcpy(salient + 16, salient, 16);
         }
-        billm_prepare256(parts[0], salient, low->plain[0], low->salient[0], 32, low->not_salient, low->sums);
-        if (bits > 8)
-            billm_prepare256(parts[1], salient, high->plain[0], high->salient[0], 32, high->not_salient, high->sums);
+        for (size_t i = 0; i < 2; i++) {
+            struct billm_slab *to = slab + i * slabs;
+            billm_prepare256(digits[i], salient, to->plain[0], to->salient[0], 32, to->not_salient, to->sums);
+        }
     }
 }
 
@@ -171,27 +180,25 @@ typedef __m256i billm_unit_sums(__m256i sign, __m256i second, const struct billm
 
 #define BILLM_INLINE __attribute__((always_inline)) static inline
 
-/* Where the columns of a slab begin, and the block (from that of the slab's first unit on) of each 32-bit lane. */
+/* The slabs of the low and of the high digits, where their columns begin, and the block (from that of the slab's first unit on) of each 32-bit lane. */
 struct billm_place {
+    const struct billm_slab *low, *high; /* high: NULL for 8 bits */
     size_t unit, units, block, blocks;
     __m256i spread;
-    size_t high; /* slabs from that of the low parts to that of the high parts; 0: there are none */
 };
 
-/* The sums over low and high parts as one. */
-BILLM_INLINE __m256i billm_both_sums(__m256i sign, __m256i second, const struct billm_slab *slab, size_t high,
-                                     __m256i magnitudes, billm_unit_sums *unit_sums) {
-    __m256i sum = unit_sums(sign, second, slab, magnitudes);
-    if (high) {
-        __m256i part = unit_sums(sign, second, slab + high, magnitudes);
-        sum = _mm256_add_epi32(sum, _mm256_sub_epi32(_mm256_slli_epi32(part, 8), part));
-    }
-    return sum;
+/* The sums of both digits. */
+BILLM_INLINE __m256i billm_digit_sums(__m256i sign, __m256i second, struct billm_place at, __m256i magnitudes,
+                                      billm_unit_sums *unit_sums) {
+    __m256i low = unit_sums(sign, second, at.low, magnitudes);
+    if (!at.high)
+        return low;
+    return _mm256_add_epi32(low, _mm256_slli_epi32(unit_sums(sign, second, at.high, magnitudes), 8));
 }
 
 /* The sums of one row over a slab. */
 BILLM_INLINE __m256i billm_row_sums(const struct billm_weight *w, size_t row, struct billm_place at,
-                                    const struct billm_slab *slab, billm_unit_sums *unit_sums) {
+                                    billm_unit_sums *unit_sums) {
     const uint8_t *sign = w->sign + row * w->stride + 4 * at.unit, *second = w->second + row * w->stride + 4 * at.unit;
     const void *scales = w->scales + 4 * (row * w->blocks + at.block);
     __m256i packed = _mm256_maskload_epi32(scales, billm_word_mask(at.blocks));
@@ -204,7 +211,7 @@ BILLM_INLINE __m256i billm_row_sums(const struct billm_weight *w, size_t row, st
         s = _mm256_maskload_epi32((const void *)sign, words);
         t = _mm256_maskload_epi32((const void *)second, words);
     }
-    return billm_both_sums(s, t, slab, at.high, magnitudes, unit_sums);
+    return billm_digit_sums(s, t, at, magnitudes, unit_sums);
 }
 
 /* `words` (at most 4) 32-bit words of two rows, side by side. */
@@ -216,27 +223,27 @@ BILLM_INLINE __m256i billm_load_pair(const uint8_t *first, const uint8_t *second
 
 /* The sums of two rows over a slab of at most four units: in the lower and in the upper half. */
 BILLM_INLINE __m256i billm_pair_sums(const struct billm_weight *w, size_t row0, size_t row1, struct billm_place at,
-                                     const struct billm_slab *slab, billm_unit_sums *unit_sums) {
+                                     billm_unit_sums *unit_sums) {
     const size_t plane0 = row0 * w->stride + 4 * at.unit, plane1 = row1 * w->stride + 4 * at.unit;
     const uint8_t *scales = w->scales + 4 * at.block;
     __m256i packed = billm_load_pair(scales + 4 * row0 * w->blocks, scales + 4 * row1 * w->blocks, at.blocks);
     __m256i pair_spread = _mm256_add_epi32(_mm256_permute2x128_si256(at.spread, at.spread, 0x00),
                                            _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
-    return billm_both_sums(billm_load_pair(w->sign + plane0, w->sign + plane1, at.units),
-                           billm_load_pair(w->second + plane0, w->second + plane1, at.units), slab, at.high,
-                           billm_magnitudes(_mm256_permutevar8x32_epi32(packed, pair_spread)), unit_sums);
+    return billm_digit_sums(billm_load_pair(w->sign + plane0, w->sign + plane1, at.units),
+                            billm_load_pair(w->second + plane0, w->second + plane1, at.units), at,
+                            billm_magnitudes(_mm256_permutevar8x32_epi32(packed, pair_spread)), unit_sums);
 }
 
 /* The sums of `rows` rows (a short group repeats its last one) over a slab: lane i of sums[j] is row i, unit j. */
 BILLM_INLINE void billm_group_sums(const struct billm_weight *w, size_t row, size_t rows, struct billm_place at,
-                                   const struct billm_slab *slab, billm_unit_sums *unit_sums, __m256i sums[8]) {
+                                   billm_unit_sums *unit_sums, __m256i sums[8]) {
     if (at.units > 4)
         for (size_t r = 0; r < 8; r++)
-            sums[r] = billm_row_sums(w, row + billm_min(r, rows - 1), at, slab, unit_sums);
+            sums[r] = billm_row_sums(w, row + billm_min(r, rows - 1), at, unit_sums);
     else
         for (size_t r = 0; r < 8; r += 2) {
             size_t row0 = row + billm_min(r, rows - 1), row1 = row + billm_min(r + 1, rows - 1);
-            sums[r] = billm_pair_sums(w, row0, row1, at, slab, unit_sums);
+            sums[r] = billm_pair_sums(w, row0, row1, at, unit_sums);
             sums[r + 1] = _mm256_permute2x128_si256(sums[r], sums[r], 0x11);
         }
     billm_transpose8(sums);
@@ -249,19 +256,20 @@ BILLM_INLINE void billm_gemv(const struct billm_weight *w, const void *prepared,
     int32_t block_of_unit[8];
     for (size_t i = 0; i < 8; i++)
         block_of_unit[i] = (int32_t)(i / units_per_block);
-    struct billm_place at = {.spread = _mm256_loadu_si256((const __m256i *)block_of_unit),
-                             .high = bits > 8 ? billm_slabs(w) : 0};
+    struct billm_place at = {.spread = _mm256_loadu_si256((const __m256i *)block_of_unit)};
     for (; row < end; row += 8) {
         size_t rows = billm_min(8, end - row), block = 0;
         __m256 total = _mm256_setzero_ps();
-        const struct billm_slab *slab = prepared;
-        for (size_t unit = 0; unit < units; slab++) {
+        const struct billm_slab *low = prepared;
+        for (size_t unit = 0; unit < units; low++) {
+            at.low = low;
+            at.high = bits == 8 ? NULL : low + billm_slabs(w);
             at.unit = unit;
             at.units = billm_min(8, units - unit);
             at.block = block;
             at.blocks = billm_min(256 / w->block, w->blocks - block);
             __m256i sums[8], sum = _mm256_setzero_si256();
-            billm_group_sums(w, row, rows, at, slab, unit_sums, sums);
+            billm_group_sums(w, row, rows, at, unit_sums, sums);
             for (size_t i = 0; i < at.units; i++) {
                 sum = _mm256_add_epi32(sum, sums[i]);
                 if (++unit % units_per_block == 0 || unit == units) {
