@@ -338,6 +338,9 @@ BILLM_INLINE void gemv_int8(const struct billm_weight *w, const int8_t *low, int
         __m512 total = _mm512_setzero_ps();
         for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
             __m512i sums[GROUP_ROWS];
+            const char *next = (const char *)values + GROUP_ROWS * (w->stride + col);
+            for (size_t i = 0; i < GROUP_ROWS * w->block; i += 64)
+                _mm_prefetch(next + i, _MM_HINT_T1);
             for (size_t r = 0; r < GROUP_ROWS; r++)
                 sums[r] = int8_sums(values + billm_min(r, count - 1) * w->stride, low, high, col,
                                     billm_min(col + w->block, w->cols), bits);
