@@ -1,17 +1,19 @@
-"""Speed of the CPU products per shape: decoding (one token) and prompts (512 tokens), beside NumPy's float32 product.
+"""Speed of the CPU products per shape: decoding (one token) and prompts (512 tokens), at 8 and at 16 bits.
 
     PYTHONPATH=.:format python bench/cpu_kernels.py [--threads N] [--isa NAME] [--json]
 
 Decoding walks through copies of the weight that together exceed the caches, as the layers of a model do; GB/s counts
-the bytes of the file that are read, against the read bandwidth that the same threads reach on plain memory. Times are
-medians. NumPy multiplies the dequantized float32 weight, also from copies that exceed the caches; its BLAS takes its
-own number of threads from OMP_NUM_THREADS.
+the bytes of the file that are read, beside their share of the read bandwidth that the same threads reach on plain
+memory, in pieces of the same size. Times are lower quartiles: what a busy machine adds is no property of a kernel.
+The last column compares with NumPy's float32 product of the dequantized weight, also from copies that exceed the
+caches; its BLAS takes its own number of threads from OMP_NUM_THREADS.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -22,7 +24,6 @@ from billm_format.errors import UsageError
 from billm_format.layout import num_blocks, row_bytes
 from billm_format.packing import PackedLinear
 from billm_rt import cpu
-from billm_rt.bench import read_bandwidth
 
 BLOCK = 128
 LINEARS = [
@@ -39,8 +40,8 @@ LINEARS = [
 HEAD = ("SmolLM2-135M head, int8", 49152, 576)
 
 
-def median_time(call: Callable[[int], object], seconds: float) -> float:
-    """Return the median duration of call(0), call(1), ... over about `seconds`, at least five calls after a warm-up."""
+def typical_time(call: Callable[[int], object], seconds: float) -> float:
+    """Return the lower quartile of the durations of call(0), call(1), ... over about `seconds`, after a warm-up."""
     call(0)
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -48,7 +49,16 @@ def median_time(call: Callable[[int], object], seconds: float) -> float:
         start = time.perf_counter()
         call(len(times) + 1)
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.quantiles(times)[0]
+
+
+def read_bandwidth(threads: int, megabytes: int, piece: int) -> float:
+    """Return the bytes per second that `threads` threads read from memory, `piece` bytes at a time, of `megabytes`."""
+    words = piece // 8
+    pieces = [np.array_split(part, threads) for part in np.ones((1 + (megabytes << 20) // piece, words), np.uint64)]
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = typical_time(lambda i: list(pool.map(np.bitwise_or.reduce, pieces[i % len(pieces)])), 1.0)
+    return words * 8 / seconds
 
 
 def random_linears(rng: np.random.Generator, rows: int, cols: int, megabytes: int) -> list[PackedLinear]:
@@ -66,12 +76,12 @@ def random_linears(rng: np.random.Generator, rows: int, cols: int, megabytes: in
 
 
 def numpy_time(rng: np.random.Generator, rows: int, cols: int, tokens: int, args: argparse.Namespace) -> float:
-    """Return the median time of NumPy's float32 product of this shape."""
+    """Return the time of NumPy's float32 product of this shape."""
     copies = 1 + (args.working_set << 20) // (rows * cols * 4) if tokens == 1 else 1
     weight = rng.standard_normal((rows, cols), np.float32)
     weights = [weight.copy() for _ in range(copies)]
     x = rng.standard_normal((tokens, cols), np.float32)
-    return median_time(lambda i: x @ weights[i % copies].T, args.seconds)
+    return typical_time(lambda i: x @ weights[i % copies].T, args.seconds)
 
 
 Product = Callable[[Any, cpu.QuantizedActivations], Any]
@@ -80,33 +90,42 @@ Product = Callable[[Any, cpu.QuantizedActivations], Any]
 def measure(
     rng: np.random.Generator, name: str, weights: Sequence[Any], product: Product, nbytes: int, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Measure `product` of copies of one weight, each `nbytes` in the file: decoding, then a prompt."""
+    """Measure `product` of copies of one weight, each `nbytes` in the file: decoding, then a prompt, 8 and 16 bits."""
     rows, cols = (weights[0].rows, weights[0].cols) if isinstance(weights[0], PackedLinear) else weights[0].shape
+    bandwidth = read_bandwidth(cpu.threads(), args.working_set, nbytes)
     for tokens in (1, args.tokens):
-        x = cpu.quantize(rng.standard_normal((tokens, cols), np.float32), BLOCK)
         used = weights if tokens == 1 else weights[:1]
-        for weight in used:
-            product(weight, x)  # the first use checks a weight: not what is measured
-        seconds = median_time(partial(lambda used, x, i: product(used[i % len(used)], x), used, x), args.seconds)
-        yield {
-            "name": name,
-            "rows": rows,
-            "cols": cols,
-            "tokens": tokens,
-            "microseconds": round(seconds * 1e6, 2),
-            "giga_weights_per_s": round(rows * cols * tokens / seconds / 1e9, 2),
-            "gigabytes_per_s": round(nbytes / seconds / 1e9, 2) if tokens == 1 else None,
-            "times_faster_than_numpy": round(numpy_time(rng, rows, cols, tokens, args) / seconds, 2),
-        }
+        baseline = numpy_time(rng, rows, cols, tokens, args)
+        for bits in (8, 16):
+            x = cpu.quantize(rng.standard_normal((tokens, cols), np.float32), BLOCK, bits=bits)
+            for weight in used:
+                product(weight, x)  # the first use checks a weight: not what is measured
+            seconds = typical_time(partial(lambda used, x, i: product(used[i % len(used)], x), used, x), args.seconds)
+            yield {
+                "name": name,
+                "rows": rows,
+                "cols": cols,
+                "tokens": tokens,
+                "bits": bits,
+                "microseconds": round(seconds * 1e6, 2),
+                "giga_macs_per_s": round(rows * cols * tokens / seconds / 1e9, 2),
+                "gigabytes_per_s": round(nbytes / seconds / 1e9, 2) if tokens == 1 else None,
+                "share_of_bandwidth": round(nbytes / seconds / bandwidth, 3) if tokens == 1 else None,
+                "times_faster_than_numpy": round(baseline / seconds, 2),
+            }
 
 
 def products(rng: np.random.Generator, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measure every shape."""
     for name, rows, cols in LINEARS:
+        if args.only not in name:
+            continue
         linears = random_linears(rng, rows, cols, args.working_set)
         nbytes = 2 * linears[0].sign.nbytes + linears[0].scales.nbytes + linears[0].row_scale.nbytes
         yield from measure(rng, name, linears, cpu.binary_linear, nbytes, args)
     name, rows, cols = HEAD
+    if args.only not in name:
+        return
     count = 1 + (args.working_set << 20) // (rows * cols)
     tables = [np.frombuffer(rng.bytes(rows * cols), np.int8).reshape(rows, cols) for _ in range(count)]
     scale = np.full(rows, 0.001, np.float16)
@@ -121,28 +140,29 @@ def benchmark(args: argparse.Namespace) -> None:
         cpu.select_isa(args.isa or cpu.isa())
     except ValueError as error:
         raise UsageError(str(error)) from error
-    bandwidth = read_bandwidth(cpu.threads())
-    machine = {"isa": cpu.isa(), "threads": cpu.threads(), "read_gigabytes_per_s": round(bandwidth / 1e9, 2)}
+    machine = {"isa": cpu.isa(), "threads": cpu.threads()}
     if not args.json:
-        print(f"{machine['isa']}, {machine['threads']} threads, memory reads {machine['read_gigabytes_per_s']} GB/s")
-        print(
-            f"{'':25} {'rows x cols':>13} {'tokens':>6} {'median':>12} {'G weights/s':>11} {'GB/s':>7} {'vs NumPy':>9}"
+        print(f"{machine['isa']}, {machine['threads']} threads")
+        columns = (
+            f"{'rows x cols':>13} {'tokens':>6} {'bits':>4} {'time':>12} {'G MAC/s':>8} {'GB/s':>7} {'of read':>7}"
         )
+        print(f"{'':25} {columns} {'vs NumPy':>9}")
     results = []
     for line in products(rng, args):
         results.append(line)
         if not args.json:
             print_line(line)
     if args.json:
-        emit_json("billm-cpu-kernels", 1, machine | {"products": results})
+        emit_json("billm-cpu-kernels", 2, machine | {"products": results})
 
 
 def print_line(line: dict[str, Any]) -> None:
     """Print one row of the table."""
+    share = line["share_of_bandwidth"]
     print(
-        f"{line['name']:25} {line['rows']:>5} x {line['cols']:<5} {line['tokens']:>6} {line['microseconds']:>9.1f} us "
-        f"{line['giga_weights_per_s']:>11.1f} {line['gigabytes_per_s'] or '':>7} "
-        f"{line['times_faster_than_numpy']:>8.1f}x",
+        f"{line['name']:25} {line['rows']:>5} x {line['cols']:<5} {line['tokens']:>6} {line['bits']:>4} "
+        f"{line['microseconds']:>9.1f} us {line['giga_macs_per_s']:>8.1f} {line['gigabytes_per_s'] or '':>7} "
+        f"{'' if share is None else f'{share:.0%}':>7} {line['times_faster_than_numpy']:>8.1f}x",
         flush=True,
     )
 
@@ -157,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--working-set", type=int, default=256, help="megabytes that decoding walks through (default: 256)"
     )
+    parser.add_argument("--only", default="", help="measure the shapes whose name holds this text")
     add_common_options(parser)
     return run_command(parser, benchmark, argv)
 

@@ -63,6 +63,17 @@ def test_avx512_over_emulated_intrinsics(tmp_path: Path, seed: int) -> None:
     run(program, seed, 500, "avx512-vnni", "avx2")
 
 
+@on_x86
+def test_amx_at_the_edge_of_memory(tmp_path: Path, seed: int) -> None:
+    """Not emulated anywhere: needs the processor."""
+    need("gcc")
+    if "amx_int8" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs a processor with AMX")
+    flags = ("-O2", "-DBILLM_AMX", "-mavx2", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")))
+    program = build("gcc", tmp_path / "driver", "driver.c", (*X86, "amx"), *flags, "-mamx-tile", "-mamx-int8")
+    run(program, seed, 1000, "amx-int8", "avx512-vnni")
+
+
 @pytest.mark.slow
 @on_x86
 def test_kernels_with_address_and_undefined_behaviour_sanitizers(tmp_path: Path, seed: int) -> None:

@@ -102,7 +102,7 @@ static void prepare(const struct billm_weight *w, const int16_t *x, void *prepar
 
 /* ---- tiles: int16 [cols / 2][16 rows][2]: a 32-bit lane is a row, madd_epi16 sums a pair of columns ---- */
 
-enum { TILE_ROWS = 16 };
+enum { TILE_ROWS = 16, TOKEN_STEP = 4 };
 
 /* Offsets of eight rows from the first; a short group repeats its last row. */
 static __m256i row_offsets(size_t rows, size_t stride) {
@@ -199,14 +199,15 @@ void billm_avx2_int8_tile(const struct billm_weight *w, size_t row, size_t rows,
     }
 }
 
-void billm_avx2_pack(const int16_t *x, size_t cols, void *packed) {
+void billm_avx2_pack(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token) {
+    void *packed = (uint8_t *)panel + token * stride;
     memset((int16_t *)packed + cols, 0, (billm_round_up(cols, BILLM_UNIT) - cols) * sizeof *x);
     memcpy(packed, x, cols * sizeof *x);
 }
 
 /* Sums over `pairs` pairs of columns: sums[i][half] for token i and eight rows. */
-static void multiply_block(const __m256i *level, size_t pairs, const int16_t *const x[BILLM_TOKEN_STEP],
-                           __m256i sums[BILLM_TOKEN_STEP][2]) {
+static void multiply_block(const __m256i *level, size_t pairs, const int16_t *const x[TOKEN_STEP],
+                           __m256i sums[TOKEN_STEP][2]) {
     const int16_t *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
     __m256i a0 = _mm256_setzero_si256(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
     for (size_t pair = 0; pair < pairs; pair++) {
@@ -224,21 +225,22 @@ static void multiply_block(const __m256i *level, size_t pairs, const int16_t *co
         a3 = _mm256_add_epi32(a3, _mm256_madd_epi16(low, value));
         b3 = _mm256_add_epi32(b3, _mm256_madd_epi16(high, value));
     }
-    const __m256i result[BILLM_TOKEN_STEP][2] = {{a0, b0}, {a1, b1}, {a2, b2}, {a3, b3}};
+    const __m256i result[TOKEN_STEP][2] = {{a0, b0}, {a1, b1}, {a2, b2}, {a3, b3}};
     memcpy(sums, result, sizeof result);
 }
 
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
-                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
+                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    const uint8_t *x = (const uint8_t *)panel + col * sizeof(int16_t);
     (void)bits;
-    for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
-        for (size_t b = 0, col = 0; col < cols; b++, col += block) {
-            const int16_t *values[BILLM_TOKEN_STEP];
-            __m256i sums[BILLM_TOKEN_STEP][2];
-            for (size_t i = 0; i < BILLM_TOKEN_STEP; i++)
-                values[i] = (const int16_t *)(const void *)((const uint8_t *)x + (t + i) * x_stride) + col;
-            multiply_block((const __m256i *)tile + col, (billm_min(block, cols - col) + 1) / 2, values, sums);
-            for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
+    for (size_t t = 0; t < tokens; t += TOKEN_STEP, acc += TOKEN_STEP * TILE_ROWS) {
+        for (size_t b = 0, at = 0; at < cols; b++, at += block) {
+            const int16_t *values[TOKEN_STEP];
+            __m256i sums[TOKEN_STEP][2];
+            for (size_t i = 0; i < TOKEN_STEP; i++)
+                values[i] = (const int16_t *)(const void *)(x + (t + i) * stride) + at;
+            multiply_block((const __m256i *)tile + at, (billm_min(block, cols - at) + 1) / 2, values, sums);
+            for (size_t i = 0; i < TOKEN_STEP; i++) {
                 float scale = x_scale[(t + i) * scale_stride + b], *to = acc + i * TILE_ROWS;
                 _mm256_storeu_ps(to, billm_step(_mm256_loadu_ps(to), scale, sums[i][0]));
                 _mm256_storeu_ps(to + 8, billm_step(_mm256_loadu_ps(to + 8), scale, sums[i][1]));
@@ -250,6 +252,7 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_avx2 = {
     .name = "avx2",
     .tile_rows = TILE_ROWS,
+    .token_step = TOKEN_STEP,
     .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,

@@ -2,7 +2,7 @@
  * Decoding stays at 256 bits, where slabs and tails are those of AVX2: memory is the limit there, not arithmetic. */
 #include "x86.h"
 
-static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+void billm_avx512_quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
                      float *scales) {
     billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
@@ -136,15 +136,6 @@ BILLM_INLINE void load_rows(const struct rows *rows, size_t at, __m512i out[4]) 
         out[a] = _mm512_inserti32x4(out[a], _mm_loadu_si128((const void *)from), 3);
 }
 
-/* The four magnitudes (bytes of each 32-bit lane) from alpha_c, alpha_s, alpha_o, alpha_r. */
-static inline __m512i magnitudes_of(__m512i scales) {
-    const __m512i repeat_o =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 12, 13, 14, 14));
-    __m512i residual = _mm512_and_si512(scales, _mm512_set1_epi32((int)0xff000000u));
-    __m512i sum = _mm512_adds_epu8(_mm512_shuffle_epi8(scales, repeat_o), residual);
-    return _mm512_subs_epu8(sum, _mm512_srli_epi32(residual, 8));
-}
-
 /* Which of the magnitudes of four blocks make the table of a slab, the first of whose blocks is number `block`. */
 static inline __m512i table_of(size_t block, size_t block_cols) {
     const __m128i one_block = _mm_setr_epi8(0, 1, 1, 0, 1, 0, 0, 0, 2, 3, 3, 0, 3, 0, 0, 0);
@@ -239,7 +230,7 @@ BILLM_INLINE void gemv(const struct billm_weight *w, const struct slab *x, int s
                 load_rows(&scale_rows, 4 * block, magnitudes);
 #pragma GCC unroll 4
                 for (int a = 0; a < 4; a++)
-                    magnitudes[a] = magnitudes_of(magnitudes[a]);
+                    magnitudes[a] = billm_magnitudes512(magnitudes[a]);
                 loaded = block + 4;
             }
             const __m512i control = table_of(block, w->block);
@@ -272,7 +263,7 @@ BILLM_INLINE void gemv(const struct billm_weight *w, const struct slab *x, int s
     }
 }
 
-static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+void billm_avx512_binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
                         size_t end, float *acc) {
     if (w->block < SLAB_COLS) {
         if (bits == 8)
@@ -320,8 +311,8 @@ BILLM_INLINE void add_columns(const int8_t *const from[INT8_ROWS], size_t col, c
     }
 }
 
-static void int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
-                      size_t end, float *acc) {
+void billm_avx512_int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+                            size_t row, size_t end, float *acc) {
     (void)bits; /* pairs of int16 serve both */
     for (size_t rows; row < end; row += rows) {
         const int8_t *from[INT8_ROWS];
@@ -349,11 +340,11 @@ static void int8_gemv(const struct billm_weight *w, const void *prepared, int bi
     }
 }
 
-static size_t prepared_bytes(const struct billm_weight *w) {
+size_t billm_avx512_prepared_bytes(const struct billm_weight *w) {
     return w->values ? billm_round_up(w->cols, INT8_COLS) * sizeof(int16_t) : slabs_of(w) * sizeof(struct slab);
 }
 
-static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
+void billm_avx512_prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
     if (w->values) {
         memcpy(prepared, x, w->cols * sizeof *x);
         memset((int16_t *)prepared + w->cols, 0, (billm_round_up(w->cols, INT8_COLS) - w->cols) * sizeof *x);
@@ -412,17 +403,18 @@ static void multiply_block(const uint8_t *level, size_t pairs, const uint8_t *co
     memcpy(sums, result, sizeof result);
 }
 
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
-                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
+                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    const uint8_t *x = (const uint8_t *)panel + col * sizeof(int16_t);
     (void)bits;
     for (size_t t = 0; t < tokens; t += 8) {
         const size_t count = billm_min(8, tokens - t); /* a short step repeats its last token */
-        for (size_t b = 0, col = 0; col < cols; b++, col += block) {
+        for (size_t b = 0, at = 0; at < cols; b++, at += block) {
             const uint8_t *values[8];
             __m512i sums[8][2];
             for (size_t i = 0; i < 8; i++)
-                values[i] = (const uint8_t *)x + (t + billm_min(i, count - 1)) * x_stride + 2 * col;
-            multiply_block((const uint8_t *)tile + 32 * col, (billm_min(block, cols - col) + 1) / 2, values, sums);
+                values[i] = x + (t + billm_min(i, count - 1)) * stride + 2 * at;
+            multiply_block((const uint8_t *)tile + 32 * at, (billm_min(block, cols - at) + 1) / 2, values, sums);
             for (size_t i = 0; i < count; i++) {
                 float scale = x_scale[(t + i) * scale_stride + b], *to = acc + (t + i) * TILE_ROWS;
                 _mm512_storeu_ps(to, step(_mm512_loadu_ps(to), scale, sums[i][0]));
@@ -435,12 +427,13 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_avx512 = {
     .name = "avx512-vnni",
     .tile_rows = TILE_ROWS,
+    .token_step = 4,
     .packed_bytes = sizeof(int16_t),
-    .quantize = quantize,
-    .prepared_bytes = prepared_bytes,
-    .prepare = prepare,
-    .binary_gemv = binary_gemv,
-    .int8_gemv = int8_gemv,
+    .quantize = billm_avx512_quantize,
+    .prepared_bytes = billm_avx512_prepared_bytes,
+    .prepare = billm_avx512_prepare,
+    .binary_gemv = billm_avx512_binary_gemv,
+    .int8_gemv = billm_avx512_int8_gemv,
     .binary_tile = binary_tile,
     .int8_tile = int8_tile,
     .pack = billm_avx2_pack,

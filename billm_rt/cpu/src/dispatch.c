@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(BILLM_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -42,6 +46,17 @@ static int has_avx512(void) {
 }
 #endif
 
+#if defined(BILLM_AMX)
+/* The system hands out the tile registers on request only; it may refuse, or not know them. */
+static int has_amx(void) {
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d;
+    if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1))
+        return 0;
+    return !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+}
+#endif
+
 #if defined(__aarch64__)
 static int has_dot_product(void) {
 #if defined(__APPLE__)
@@ -56,9 +71,13 @@ static int has_dot_product(void) {
 }
 #endif
 
-static size_t candidates(const struct billm_isa *found[4]) {
+static size_t candidates(const struct billm_isa *found[BILLM_ISAS]) {
     size_t count = 0;
 #if defined(__x86_64__) || defined(BILLM_SIMDE)
+#if defined(BILLM_AMX)
+    if (has_amx())
+        found[count++] = &billm_amx;
+#endif
     if (has_avx512())
         found[count++] = &billm_avx512;
     if (has_avx2())
@@ -75,7 +94,7 @@ static size_t candidates(const struct billm_isa *found[4]) {
 static const struct billm_isa *selected; /* guarded by the pool's turn */
 
 const struct billm_isa *billm_isa_in_turn(void) {
-    const struct billm_isa *found[4];
+    const struct billm_isa *found[BILLM_ISAS];
     if (!selected) {
         candidates(found);
         selected = found[0];
@@ -83,8 +102,8 @@ const struct billm_isa *billm_isa_in_turn(void) {
     return selected;
 }
 
-size_t billm_supported(const char *names[4]) {
-    const struct billm_isa *found[4];
+size_t billm_supported(const char *names[BILLM_ISAS]) {
+    const struct billm_isa *found[BILLM_ISAS];
     size_t count = candidates(found);
     for (size_t i = 0; i < count; i++)
         names[i] = found[i]->name;
@@ -92,7 +111,7 @@ size_t billm_supported(const char *names[4]) {
 }
 
 int billm_select(const char *name) {
-    const struct billm_isa *found[4];
+    const struct billm_isa *found[BILLM_ISAS];
     size_t count = candidates(found);
     for (size_t i = 0; i < count; i++)
         if (!strcmp(found[i]->name, name)) {
@@ -219,8 +238,8 @@ static void pack_task(void *context, size_t index) {
     const struct job *job = context;
     size_t token = index * TOKENS_PER_TASK, end = billm_min(token + TOKENS_PER_TASK, job->tokens);
     for (; token < end; token++)
-        job->isa->pack(job->x->values + (job->first_token + token) * job->cols, job->cols,
-                       job->panel + token * job->panel_stride);
+        job->isa->pack(job->x->values + (job->first_token + token) * job->cols, job->cols, job->panel,
+                       job->panel_stride, token);
 }
 
 /* Multiply a tile of rows with the whole panel, a stretch of columns at a time. */
@@ -236,8 +255,7 @@ static void gemm_task(void *context, size_t index) {
     for (size_t col = 0; col < w->cols; col += BILLM_TILE_COLS) {
         size_t cols = billm_min(BILLM_TILE_COLS, w->cols - col);
         (w->values ? isa->int8_tile : isa->binary_tile)(w, share.row, rows, col, cols, tile);
-        isa->multiply(tile, cols, w->block, job->panel + col * isa->packed_bytes, job->panel_stride,
-                      job->x->bits, job->panel_scales + col / w->block, w->blocks, job->padded_tokens, acc);
+        isa->multiply(tile, col, cols, w->block, job->panel, job->panel_stride, job->x->bits, job->panel_scales + col / w->block, w->blocks, job->padded_tokens, acc);
     }
     finish(share.product, share.row, rows, acc, isa->tile_rows, job->tokens,
            share.product->out + job->first_token * share.product->out_stride);
@@ -291,18 +309,19 @@ static int run_gemv(struct job *job) {
 
 static int run_gemm(struct job *job) {
     const struct billm_tokens *x = job->x;
-    job->panel_stride = billm_round_up(job->cols, BILLM_UNIT) * job->isa->packed_bytes;
-    size_t most = billm_min(PANEL_TOKENS, PANEL_BYTES / job->panel_stride / BILLM_TOKEN_STEP * BILLM_TOKEN_STEP);
-    most = billm_min(most ? most : BILLM_TOKEN_STEP, billm_round_up(x->count, BILLM_TOKEN_STEP));
+    job->panel_stride = billm_round_up(job->cols, BILLM_PACK_COLS) * job->isa->packed_bytes;
+    const size_t step = job->isa->token_step;
+    size_t most = billm_min(PANEL_TOKENS, PANEL_BYTES / job->panel_stride / step * step);
+    most = billm_min(most ? most : step, billm_round_up(x->count, step));
     job->panel = job_scratch(job, most * (job->panel_stride + job->blocks * sizeof(float)));
     if (!job->panel)
         return -1;
     job->panel_scales = (void *)(job->panel + most * job->panel_stride);
     for (job->first_token = 0; job->first_token < x->count; job->first_token += most) {
         job->tokens = billm_min(most, x->count - job->first_token);
-        job->padded_tokens = billm_round_up(job->tokens, BILLM_TOKEN_STEP);
-        memset(job->panel + job->tokens * job->panel_stride, 0,
-               (job->padded_tokens - job->tokens) * job->panel_stride);
+        job->padded_tokens = billm_round_up(job->tokens, step);
+        size_t whole = job->tokens / step * step; /* the last step may be short of tokens */
+        memset(job->panel + whole * job->panel_stride, 0, (job->padded_tokens - whole) * job->panel_stride);
         memset(job->panel_scales, 0, job->padded_tokens * job->blocks * sizeof(float));
         memcpy(job->panel_scales, x->scales + job->first_token * job->blocks,
                job->tokens * job->blocks * sizeof(float));

@@ -24,9 +24,10 @@
 enum {
     BILLM_UNIT = 32, /* every block is a whole number of units of 32 columns (4 bytes of a bit plane) */
     BILLM_MAX_BLOCK = 256,
+    BILLM_ISAS = 5,        /* most instruction sets that one machine supports */
     BILLM_TILE_ROWS = 32,  /* most rows of a decoded tile */
     BILLM_TILE_COLS = 256, /* most columns of one: a whole number of blocks, and 16 KiB of int16 stay in the L1 cache */
-    BILLM_TOKEN_STEP = 4   /* the product of a tile takes tokens by fours */
+    BILLM_PACK_COLS = 64   /* a packed token has room for a whole number of so many columns */
 };
 
 /* A weight [rows, cols] in the file's layout: either the planes and scales, or `values`, is set. */
@@ -70,6 +71,7 @@ struct billm_float_ops;
 struct billm_isa {
     const char *name;
     size_t tile_rows;    /* rows of a tile, at most BILLM_TILE_ROWS */
+    size_t token_step;   /* `multiply` takes tokens by so many, a power of 2 */
     size_t packed_bytes; /* bytes of a packed activation */
 
     /* One token: x [cols] (times col_scale [cols] if not NULL) to values [cols], scales [blocks]. */
@@ -91,25 +93,39 @@ struct billm_isa {
     void (*binary_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                         void *tile);
     void (*int8_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols, void *tile);
-    void (*pack)(const int16_t *x, size_t cols, void *packed); /* one token, padded with zeros to a whole unit */
+    /* Token number `token` of a panel (64-byte aligned) that has `stride` bytes for each, a multiple of BILLM_PACK_COLS
+     * * packed_bytes; padded with zeros to a whole unit. Where a token lies in the panel is the instruction set's own
+     * affair, but token_step tokens fill their room of it. */
+    void (*pack)(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token);
 
-    /* acc[t][0..tile_rows) continues over the columns of the tile, t < tokens (a multiple of BILLM_TOKEN_STEP).
-     * Packed tokens lie x_stride bytes apart, their scales scale_stride floats apart. */
-    void (*multiply)(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
-                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc);
+    /* acc[t][0..tile_rows) continues over the columns of the tile, which are those from `col` on of the panel, t <
+     * tokens (a multiple of token_step). Scales of tokens lie scale_stride floats apart. */
+    void (*multiply)(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
+                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc);
 
     const struct billm_float_ops *floats; /* decoder.h */
 };
 
 extern const struct billm_isa billm_portable;
 #if defined(__x86_64__) || defined(BILLM_SIMDE)
-extern const struct billm_isa billm_avx2, billm_avx512;
+extern const struct billm_isa billm_avx2, billm_avx512, billm_amx;
 /* What AVX-512 takes over from AVX2: done once per many tokens. */
 void billm_avx2_binary_tile(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                             void *tile);
 void billm_avx2_int8_tile(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                           void *tile);
-void billm_avx2_pack(const int16_t *x, size_t cols, void *packed);
+void billm_avx2_pack(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token);
+#endif
+#if defined(__x86_64__) || defined(BILLM_SIMDE)
+/* What AMX takes over from AVX-512: all but prompts. */
+void billm_avx512_quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+                           float *scales);
+size_t billm_avx512_prepared_bytes(const struct billm_weight *weight);
+void billm_avx512_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
+void billm_avx512_binary_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                              size_t row, size_t end, float *acc);
+void billm_avx512_int8_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                            size_t row, size_t end, float *acc);
 #endif
 #if defined(__aarch64__)
 extern const struct billm_isa billm_neon;
@@ -119,7 +135,7 @@ extern const struct billm_isa billm_neon;
  * `products` multiplies tokens by one or more weights of the same cols and block, in one run of the pool. It returns -1
  * when memory runs out. All may be called from several threads; they take turns, except those whose caller holds the
  * pool's turn already. */
-size_t billm_supported(const char *names[4]);
+size_t billm_supported(const char *names[BILLM_ISAS]);
 int billm_select(const char *name);
 const char *billm_selected(void);
 const struct billm_isa *billm_isa_in_turn(void);

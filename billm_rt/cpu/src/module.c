@@ -298,7 +298,7 @@ static PyObject *isa(PyObject *module, PyObject *unused) {
 
 static PyObject *supported_isas(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
-    const char *names[4];
+    const char *names[BILLM_ISAS];
     size_t count = billm_supported(names);
     PyObject *result = PyTuple_New((Py_ssize_t)count);
     for (size_t i = 0; result && i < count; i++) {

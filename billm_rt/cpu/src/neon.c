@@ -243,7 +243,7 @@ static void prepare(const struct billm_weight *w, const int16_t *x, void *prepar
 
 /* ---- prompts: a tile is int8 [cols / 4][high, low][8 rows][4], a packed token int8 [cols / 16][low, high][16] ---- */
 
-enum { TILE_ROWS = 8, QUAD_BYTES = 2 * TILE_ROWS * 4 };
+enum { TOKEN_STEP = 4, TILE_ROWS = 8, QUAD_BYTES = 2 * TILE_ROWS * 4 };
 
 static inline uint32x4_t load_rows(const uint8_t *from, size_t stride, size_t rows) {
     uint32_t words[4];
@@ -317,7 +317,8 @@ static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, siz
     }
 }
 
-static void pack(const int16_t *x, size_t cols, void *packed) {
+static void pack(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token) {
+    void *packed = (uint8_t *)panel + token * stride;
     int8_t *out = packed;
     for (size_t j = 0; j < billm_round_up(cols, BILLM_UNIT); j += 16, out += 32) {
         int16_t values[16] = {0};
@@ -333,7 +334,7 @@ static void pack(const int16_t *x, size_t cols, void *packed) {
     do {                                                                                                               \
         int8x16_t high0 = vld1q_s8(tile + (q) * QUAD_BYTES), high1 = vld1q_s8(tile + (q) * QUAD_BYTES + 16);           \
         int8x16_t low0 = vld1q_s8(tile + (q) * QUAD_BYTES + 32), low1 = vld1q_s8(tile + (q) * QUAD_BYTES + 48);        \
-        for (int t = 0; t < BILLM_TOKEN_STEP; t++) {                                                                   \
+        for (int t = 0; t < TOKEN_STEP; t++) {                                                                   \
             h0[t] = vdotq_laneq_s32(h0[t], high0, value[t], q);                                                        \
             h1[t] = vdotq_laneq_s32(h1[t], high1, value[t], q);                                                        \
             l0[t] = vdotq_laneq_s32(l0[t], low0, value[t], q);                                                         \
@@ -343,37 +344,38 @@ static void pack(const int16_t *x, size_t cols, void *packed) {
 
 /* The sums of one digit, which `x` points to. */
 static void multiply_block(const int8_t *tile, size_t cols, const int8_t *x, size_t x_stride,
-                           int32x4_t sums[BILLM_TOKEN_STEP][2]) {
-    int32x4_t h0[BILLM_TOKEN_STEP], h1[BILLM_TOKEN_STEP], l0[BILLM_TOKEN_STEP], l1[BILLM_TOKEN_STEP];
-    for (int t = 0; t < BILLM_TOKEN_STEP; t++)
+                           int32x4_t sums[TOKEN_STEP][2]) {
+    int32x4_t h0[TOKEN_STEP], h1[TOKEN_STEP], l0[TOKEN_STEP], l1[TOKEN_STEP];
+    for (int t = 0; t < TOKEN_STEP; t++)
         h0[t] = h1[t] = l0[t] = l1[t] = vdupq_n_s32(0);
     for (size_t j = 0; j < cols; j += 16, tile += 4 * QUAD_BYTES) {
-        int8x16_t value[BILLM_TOKEN_STEP];
-        for (size_t t = 0; t < BILLM_TOKEN_STEP; t++)
+        int8x16_t value[TOKEN_STEP];
+        for (size_t t = 0; t < TOKEN_STEP; t++)
             value[t] = vld1q_s8(x + t * x_stride + 2 * j);
         QUAD(0);
         QUAD(1);
         QUAD(2);
         QUAD(3);
     }
-    for (int t = 0; t < BILLM_TOKEN_STEP; t++) {
+    for (int t = 0; t < TOKEN_STEP; t++) {
         sums[t][0] = vaddq_s32(vshlq_n_s32(h0[t], 1), l0[t]);
         sums[t][1] = vaddq_s32(vshlq_n_s32(h1[t], 1), l1[t]);
     }
 }
 
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
-                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
-    for (size_t t = 0; t < tokens; t += BILLM_TOKEN_STEP, acc += BILLM_TOKEN_STEP * TILE_ROWS) {
-        for (size_t b = 0, col = 0; col < cols; b++, col += block) {
-            int32x4_t low[BILLM_TOKEN_STEP][2], high[BILLM_TOKEN_STEP][2] = {{vdupq_n_s32(0)}};
-            const int8_t *level = (const int8_t *)tile + col / 4 * QUAD_BYTES;
-            const int8_t *values = (const int8_t *)x + t * x_stride + 2 * col;
-            const size_t count = billm_min(block, cols - col);
-            multiply_block(level, count, values, x_stride, low);
+static void multiply(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
+                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    const uint8_t *x = (const uint8_t *)panel + col * sizeof(int16_t);
+    for (size_t t = 0; t < tokens; t += TOKEN_STEP, acc += TOKEN_STEP * TILE_ROWS) {
+        for (size_t b = 0, at = 0; at < cols; b++, at += block) {
+            int32x4_t low[TOKEN_STEP][2], high[TOKEN_STEP][2] = {{vdupq_n_s32(0)}};
+            const int8_t *level = (const int8_t *)tile + at / 4 * QUAD_BYTES;
+            const int8_t *values = (const int8_t *)x + t * stride + 2 * at;
+            const size_t count = billm_min(block, cols - at);
+            multiply_block(level, count, values, stride, low);
             if (bits != 8)
-                multiply_block(level, count, values + 16, x_stride, high);
-            for (size_t i = 0; i < BILLM_TOKEN_STEP; i++) {
+                multiply_block(level, count, values + 16, stride, high);
+            for (size_t i = 0; i < TOKEN_STEP; i++) {
                 float scale = x_scale[(t + i) * scale_stride + b], *to = acc + i * TILE_ROWS;
                 for (size_t half = 0; half < 2; half++) {
                     int32x4_t sum = vaddq_s32(low[i][half], vshlq_n_s32(high[i][half], 8));
@@ -387,6 +389,7 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_neon = {
     .name = "neon-dotprod",
     .tile_rows = TILE_ROWS,
+    .token_step = TOKEN_STEP,
     .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,

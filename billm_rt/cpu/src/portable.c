@@ -86,23 +86,25 @@ static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, siz
             out[r * BILLM_TILE_COLS + j] = w->values[(row + r) * w->stride + col + j];
 }
 
-static void pack(const int16_t *x, size_t cols, void *packed) {
+static void pack(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token) {
+    void *packed = (uint8_t *)panel + token * stride;
     memset(packed, 0, billm_round_up(cols, BILLM_UNIT) * sizeof *x);
     memcpy(packed, x, cols * sizeof *x);
 }
 
-static void multiply(const void *tile, size_t cols, size_t block, const void *x, size_t x_stride, int bits,
-                     const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
+                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    const uint8_t *x = (const uint8_t *)panel + col * sizeof(int16_t);
     (void)bits;
     for (size_t t = 0; t < tokens; t++, acc += TILE_ROWS) {
-        const int16_t *activation = (const void *)((const uint8_t *)x + t * x_stride);
+        const int16_t *activation = (const void *)(x + t * stride);
         for (size_t r = 0; r < TILE_ROWS; r++) {
             const int16_t *level = (const int16_t *)tile + r * BILLM_TILE_COLS;
             const float *scale = x_scale + t * scale_stride;
-            for (size_t col = 0; col < cols; col += block) {
-                size_t stop = billm_min(col + block, cols);
+            for (size_t at = 0; at < cols; at += block) {
+                size_t stop = billm_min(at + block, cols);
                 int32_t sum = 0;
-                for (size_t j = col; j < stop; j++)
+                for (size_t j = at; j < stop; j++)
                     sum += level[j] * activation[j];
                 acc[r] += *scale++ * (float)sum;
             }
@@ -113,6 +115,7 @@ static void multiply(const void *tile, size_t cols, size_t block, const void *x,
 const struct billm_isa billm_portable = {
     .name = "portable",
     .tile_rows = TILE_ROWS,
+    .token_step = 1,
     .packed_bytes = sizeof(int16_t),
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,

@@ -83,6 +83,16 @@ static inline __m256i billm_magnitudes(__m256i scales) {
     return _mm256_subs_epu8(sum, _mm256_srli_epi32(residual, 8));
 }
 
+#if defined(__AVX512BW__) || defined(BILLM_SIMDE)
+static inline __m512i billm_magnitudes512(__m512i scales) {
+    const __m512i repeat_o =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 2, 4, 5, 6, 6, 8, 9, 10, 10, 12, 13, 14, 14));
+    __m512i residual = _mm512_and_si512(scales, _mm512_set1_epi32((int)0xff000000u));
+    __m512i sum = _mm512_adds_epu8(_mm512_shuffle_epi8(scales, repeat_o), residual);
+    return _mm512_subs_epu8(sum, _mm512_srli_epi32(residual, 8));
+}
+#endif
+
 /* One lane mask per 32-bit word below `words`, for loads that must not pass the end of a row. */
 static inline __m256i billm_word_mask(size_t words) {
     int count = words > 8 ? 8 : (int)words;
