@@ -27,6 +27,13 @@ from billm_format.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 
+# Load of other programs up to which figures at several threads can be believed.
+_QUIET_LOAD = 0.5
+_BUSY = (
+    "Other programs were running: llama.cpp's threads spin while they wait for each other, so that at more than one "
+    "thread its figures are far too low. Repeat this on an idle machine."
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -184,6 +191,8 @@ def table(machine: dict[str, Any], rows: Sequence[Row]) -> str:
             f"{row.decode_ratio:.2f} ×",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if machine["load"][0] > _QUIET_LOAD:
+        lines += ["", _BUSY]
     return "\n".join(lines)
 
 

@@ -56,6 +56,13 @@ def test_rows_hold_medians_and_their_ratios() -> None:
     assert [(row.prompt_ratio, row.decode_ratio) for row in rows] == [(1, 1), (1.5, 0.75), (30, 0.3)]
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.2, False), (0.7, True)])
+def test_a_busy_machine_is_said_to_be_one(load: float, warned: bool) -> None:
+    machine = dict.fromkeys(("processor", "cores", "python", "billm_rt", "llama_cpp", "rounds", "prompt", "gen"), 1)
+    rows = aggregate(2, [[Run("m.billm", 10, 1, 1, "avx2"), Run("b.gguf", 20, 1, 1, "abc")]])
+    assert ("idle machine" in vs_llamacpp.table(machine | {"load": [load, 2.0]}, rows)) == warned
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
     """A model, two stand-ins for GGUF files, and stand-ins for llama-bench: one repeats the record, one fails."""
@@ -96,7 +103,7 @@ def test_the_whole(files: dict[str, str], capsys: pytest.CaptureFixture[str]) ->
     assert vs_llamacpp.main([*models, *SMALL, "--threads", "1", "--quiet"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    where, _, header, rule, *rows = out.splitlines()
+    where, _, header, rule, *rows = out.partition("\n\nOther programs")[0].splitlines()
     assert "llama.cpp 0c1e57098" in where and "medians of 2 rounds" in where
     assert "prompt of 8" in header and "decoding 4" in header
     assert {line.count("|") for line in (header, rule, *rows)} == {8} and len(rows) == 3
