@@ -52,7 +52,7 @@ def typical_time(call: Callable[[int], object], seconds: float) -> float:
     return statistics.quantiles(times)[0]
 
 
-def read_bandwidth(threads: int, megabytes: int, piece: int) -> float:
+def piecewise_bandwidth(threads: int, megabytes: int, piece: int) -> float:
     """Return the bytes per second that `threads` threads read from memory, `piece` bytes at a time, of `megabytes`."""
     words = piece // 8
     pieces = [np.array_split(part, threads) for part in np.ones((1 + (megabytes << 20) // piece, words), np.uint64)]
@@ -92,7 +92,7 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Measure `product` of copies of one weight, each `nbytes` in the file: decoding, then a prompt, 8 and 16 bits."""
     rows, cols = (weights[0].rows, weights[0].cols) if isinstance(weights[0], PackedLinear) else weights[0].shape
-    bandwidth = read_bandwidth(cpu.threads(), args.working_set, nbytes)
+    bandwidth = piecewise_bandwidth(cpu.threads(), args.working_set, nbytes)
     for tokens in (1, args.tokens):
         used = weights if tokens == 1 else weights[:1]
         baseline = numpy_time(rng, rows, cols, tokens, args)
