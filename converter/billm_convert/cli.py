@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from billm_convert.settings import CPU_CALIBRATION, GPU_CALIBRATION, RECIPES, ConvertReport, ConvertSettings
+from billm_convert.settings import CPU_CALIBRATION, DAMP, GPU_CALIBRATION, RECIPES, ConvertReport, ConvertSettings
 from billm_format.command import add_common_options, emit_json, run_command
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import EXIT_INTERRUPTED, UsageError
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=default.damp,
         metavar="X",
-        help="dampening of the Hessian, as a share of its mean diagonal (default: %(default)s)",
+        help=f"dampening of the Hessian, as a share of its mean diagonal (default: {_by_recipe(DAMP)})",
     )
     how.add_argument(
         "--embedding-bits",
@@ -97,6 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--blocksize", dest="block_size", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_common_options(parser)
     return parser
+
+
+def _by_recipe(values: dict[str, float]) -> str:
+    return ", ".join(f"{recipe} {value:g}" for recipe, value in values.items())
 
 
 def run(args: argparse.Namespace) -> int:
