@@ -10,6 +10,7 @@ from typing import Any
 
 from billm_convert.settings import (
     CPU_CALIBRATION,
+    DAMP,
     GPU_CALIBRATION,
     RECIPES,
     CheckReport,
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=default.damp,
         metavar="X",
-        help="dampening of the Hessian, as a share of its mean diagonal (default: %(default)s)",
+        help=f"dampening of the Hessian, as a share of its mean diagonal (default: {_by_recipe(DAMP)})",
     )
     how.add_argument(
         "--embedding-bits",
@@ -118,6 +119,10 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--blocksize", dest="block_size", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_common_options(parser)
     return parser
+
+
+def _by_recipe(values: dict[str, float]) -> str:
+    return ", ".join(f"{recipe} {value:g}" for recipe, value in values.items())
 
 
 def run(args: argparse.Namespace) -> int:

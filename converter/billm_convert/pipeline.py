@@ -17,7 +17,9 @@ from billm_convert.block import DecoderBlock, Rotary, embed, input_groups
 from billm_convert.calibration import choose_text, describe, draw_windows
 from billm_convert.embedding import EmbeddingTable, to_float16
 from billm_convert.hessian import HessianAccumulator
+from billm_convert.recipes import choose_recipe
 from billm_convert.settings import (
+    COL_SCALED,
     CPU_CALIBRATION,
     GPU_CALIBRATION,
     SELF,
@@ -28,7 +30,6 @@ from billm_convert.settings import (
     LinearReport,
     Progress,
 )
-from billm_convert.solver import PaperSettings, solve_linear
 from billm_convert.source import ModelSource, open_model
 from billm_convert.tokenizer import TokenizerFiles
 from billm_convert.workdir import WorkFolder
@@ -80,7 +81,7 @@ class Conversion:
         if note:
             self.say(note)
         self.held_out = self._held_out_text()
-        self.quantization = Quantization(settings.block_size, embedding_bits=settings.embedding_bits)
+        self.quantization = self._quantization()
         self.embedding = EmbeddingTable(self.source, "embed", settings.embedding_bits)
         self.memory = resources.memory_plan(
             self.config, self.nsamples * self.seqlen, min(self.nsamples * self.seqlen, self._batch() * self.seqlen)
@@ -90,6 +91,15 @@ class Conversion:
     def say(self, text: str) -> None:
         """Tell whoever watches."""
         self._progress(Event("note", text=text))
+
+    def _quantization(self) -> Quantization:
+        layers = range(self.config.num_hidden_layers)
+        scaled = self.settings.recipe in COL_SCALED
+        return Quantization(
+            self.settings.block_size,
+            embedding_bits=self.settings.embedding_bits,
+            col_scales=tuple(f"layers.{i}.{name}" for i in layers for name in self.config.linears() if scaled),
+        )
 
     def _calibration_size(self) -> tuple[int, int]:
         """Settle windows and their length: the paper's on a GPU, fewer on a CPU, never beyond the model's context."""
@@ -173,7 +183,7 @@ class Conversion:
             "recipe": settings.recipe,
             "block_size": settings.block_size,
             "max_salient": settings.max_salient,
-            "damp": settings.damp,
+            "damp": settings.dampening,
             "calib": Path(self.text.choice).name,
             "nsamples": self.nsamples,
             "seqlen": self.seqlen,
@@ -253,19 +263,14 @@ class Conversion:
     ) -> None:
         """Binarize the block's Linears on what they read now, store them, and put them in the originals' place."""
         hessians = self._hessians(layer, block, hidden)
-        paper = PaperSettings(
-            block_size=self.settings.block_size,
-            min_salient=min(3, self.settings.max_salient),
-            max_salient=self.settings.max_salient,
-            damp=self.settings.damp,
-        )
+        recipe = choose_recipe(self.settings)
         stored = {f"layers.{layer}.{name}": value.cpu().numpy() for name, value in weights.items() if "norm" in name}
         reports = []
         for group, linears in input_groups(self.config).items():
             hessian = hessians.pop(group).result()
-            for linear in linears:
+            together = recipe([weights[f"{linear}.weight"] for linear in linears], hessian)
+            for linear, solved in zip(linears, together, strict=True):
                 name = f"layers.{layer}.{linear}"
-                solved = solve_linear(weights[f"{linear}.weight"], hessian, paper)
                 bias = weights.get(f"{linear}.bias")
                 stored |= packed_tensors(name, solved.packed, None if bias is None else bias.cpu().numpy())
                 weights[f"{linear}.weight"] = torch.from_numpy(solved.packed.dequantize()).to(self.device)
@@ -309,8 +314,9 @@ class Conversion:
     def _stored_weight(self, work: WorkFolder, layer: int, linear: str) -> Tensor:
         name = f"layers.{layer}.{linear}"
         rows, cols, _ = self.config.linears()[linear]
-        parts = {part: work.block_tensor(layer, f"{name}.{part}") for part in _LINEAR_PARTS}
-        packed = PackedLinear(rows, cols, self.settings.block_size, **parts)
+        kinds = [*_LINEAR_PARTS, *(["col_scale"] if self.quantization.has_col_scale(name) else [])]
+        parts = {part: work.block_tensor(layer, f"{name}.{part}") for part in kinds}
+        packed = PackedLinear(rows, cols, self.quantization.block_of(name), **parts)
         return torch.from_numpy(packed.dequantize()).to(self.device)
 
     def _step(self, layer: int, share: float, linears: tuple[LinearReport, ...] = ()) -> None:
@@ -405,6 +411,8 @@ _LINEAR_PARTS = ("sign", "second", "salient", "scales", "row_scale")
 def packed_tensors(name: str, packed: PackedLinear, bias: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
     """Return a binarized Linear's tensors under their names in the file."""
     out: dict[str, NDArray[Any]] = {f"{name}.{part}": getattr(packed, part) for part in _LINEAR_PARTS}
+    if packed.col_scale is not None:
+        out[f"{name}.col_scale"] = packed.col_scale
     if bias is not None:
         out[f"{name}.bias"] = bias
     return out

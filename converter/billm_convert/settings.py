@@ -9,7 +9,9 @@ from billm_format.command import finite
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
 
-RECIPES = ("paper",)
+RECIPES = ("paper", "refined")
+COL_SCALED = ("refined",)  # recipes whose Linears have a scale per column
+DAMP = {"paper": 0.01, "refined": 0.05}
 SELF = "self"  # --calib: text that the full-precision model writes itself
 
 # The paper's calibration, and what a CPU gets through in minutes: (windows, tokens in each).
@@ -24,7 +26,7 @@ class ConvertSettings:
     recipe: str = "paper"
     block_size: int = 128
     max_salient: int = 30  # most salient columns in a block
-    damp: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+    damp: float | None = None  # added to the Hessian's diagonal, as a share of its mean; None: the recipe's own
     calib: str | None = None  # name of a text, path of a file, or "self"
     nsamples: int | None = None  # calibration windows
     seqlen: int | None = None  # tokens in each
@@ -45,7 +47,7 @@ class ConvertSettings:
             raise UsageError(f"--block-size: wanted one of {', '.join(map(str, BLOCK_SIZES))}, found {self.block_size}")
         if not 0 <= self.max_salient <= self.block_size:
             raise UsageError(f"--max-salient: wanted 0 to the block size {self.block_size}, found {self.max_salient}")
-        if not (math.isfinite(self.damp) and 0 <= self.damp <= 1):
+        if self.damp is not None and not (math.isfinite(self.damp) and 0 <= self.damp <= 1):
             raise UsageError(f"--damp: wanted a share of the mean diagonal, 0 to 1, found {self.damp:g}")
         for option, value, least in (
             ("nsamples", self.nsamples, 1),
@@ -62,6 +64,11 @@ class ConvertSettings:
             raise UsageError("--max-ppl-ratio bounds what --no-check leaves out: give one of them")
         if self.resume and self.force:
             raise UsageError("--resume goes on with a started conversion and --force starts over: give one of them")
+
+    @property
+    def dampening(self) -> float:
+        """What is added to the Hessian's diagonal, as a share of its mean."""
+        return DAMP[self.recipe] if self.damp is None else self.damp
 
 
 @dataclass(frozen=True)

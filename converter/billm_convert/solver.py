@@ -10,6 +10,7 @@ from torch import Tensor
 from billm_convert.binarize import BlockCodes, binarize_block, row_step
 from billm_convert.hessian import factor_inverse
 from billm_convert.salient import salience, select_columns
+from billm_convert.solved import SolvedLinear, check_problem, relative_errors
 from billm_convert.split import Breakpoint, sparse_group
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
@@ -41,18 +42,6 @@ class PaperSettings:
             raise UsageError(f"dampening {self.damp:g}: wanted a share of the mean diagonal, 0 to 1")
 
 
-@dataclass(frozen=True)
-class SolvedLinear:
-    """A binarized Linear, ready for the writer, and what it cost. Errors are over all rows, of the stored weights."""
-
-    packed: PackedLinear  # without col_scale and bias
-    error: float  # tr(D H Dᵀ) / tr(W H Wᵀ), D = W - B, H without dampening: relative output error
-    weight_error: float  # ||D||² / ||W||²
-    salient_fraction: float  # of all columns
-    sparse_fraction: float  # of the non-salient weights
-    damp: float  # what was used: above the settings' where H was not positive definite
-
-
 def solve_linear(weight: Tensor, hessian: Tensor, settings: PaperSettings | None = None) -> SolvedLinear:
     """Binarize `weight` [rows, cols] for inputs whose Hessian is `hessian` [cols, cols] (Algorithm 1).
 
@@ -60,7 +49,7 @@ def solve_linear(weight: Tensor, hessian: Tensor, settings: PaperSettings | None
     bytes on the same machine. UsageError: values that are not finite, a Hessian that is none. ValueError: shapes.
     """
     settings = settings or PaperSettings()
-    _check(weight, hessian)
+    check_problem(weight, hessian)
     factor = factor_inverse(hessian, settings.damp)
     upper = factor.upper.to(weight)
     # The steps must be known before the first scale is rounded: a pass with unrounded scales finds the largest ones.
@@ -69,7 +58,7 @@ def solve_linear(weight: Tensor, hessian: Tensor, settings: PaperSettings | None
         largest = torch.maximum(largest, _largest_scale(codes.scales))
     step = row_step(largest)
     codes = _join(list(_solve_blocks(weight, upper, settings, step)))
-    error, weight_error = _errors(weight, weight - codes.weight, hessian)
+    error, weight_error = relative_errors(weight, weight - codes.weight, hessian)
     columns = int(codes.salient.sum())
     sparse = int((codes.second & ~codes.salient).sum())
     return SolvedLinear(
@@ -118,25 +107,6 @@ def _largest_scale(scales: Tensor) -> Tensor:
     return torch.maximum(torch.maximum(scales[:, ALPHA_C], scales[:, ALPHA_S]), salient)
 
 
-def _errors(weight: Tensor, delta: Tensor, hessian: Tensor) -> tuple[float, float]:
-    """Return (tr(D H Dᵀ) / tr(W H Wᵀ), ||D||² / ||W||²)."""
-    metric = hessian.to(weight)
-
-    def energy(matrix: Tensor) -> float:
-        # Rounding can leave a tiny negative where H is singular.
-        return max(0.0, float((matrix @ metric).mul_(matrix).sum(dtype=torch.float64)))
-
-    def square(matrix: Tensor) -> float:
-        return float(matrix.square().sum(dtype=torch.float64))
-
-    return _quotient(energy(delta), energy(weight)), _quotient(square(delta), square(weight))
-
-
-def _quotient(error: float, whole: float) -> float:
-    # Where there is nothing to keep, any error is all of it.
-    return error / whole if whole > 0 else float(error > 0)
-
-
 def _join(blocks: list[BlockCodes]) -> BlockCodes:
     """Return the blocks as one of all columns, its scales [rows, blocks, 4]."""
     return BlockCodes(
@@ -161,19 +131,3 @@ def _pack(codes: BlockCodes, step: Tensor, block: int) -> PackedLinear:
         scales=codes.scales.to(torch.uint8).cpu().numpy(),
         row_scale=step.cpu().numpy(),
     )
-
-
-def _check(weight: Tensor, hessian: Tensor) -> None:
-    """Raise unless shapes fit and every value is finite."""
-    if weight.ndim != 2 or 0 in weight.shape or weight.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"wanted a float32 weight [rows, cols], found {weight.dtype} {list(weight.shape)}")
-    cols = weight.shape[1]
-    if hessian.shape != (cols, cols):
-        raise ValueError(f"a weight {list(weight.shape)} wants a Hessian [{cols}, {cols}], found {list(hessian.shape)}")
-    for what, tensor in (("weight", weight), ("Hessian", hessian)):
-        if not bool(tensor.isfinite().all()):
-            bad = int((~tensor.isfinite()).sum())
-            raise UsageError(
-                f"{bad} of {tensor.numel()} values of a Linear's {what} {list(tensor.shape)} are not finite: the model "
-                "is damaged, or overflows on the calibration text"
-            )

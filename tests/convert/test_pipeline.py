@@ -22,6 +22,7 @@ from convert.hf_models import FAMILIES, save_model, write_text
 from billm_convert import ConvertSettings, Event, convert, pipeline
 from billm_convert.block import DecoderBlock, Rotary
 from billm_convert.cli import main
+from billm_convert.settings import RECIPES
 from billm_convert.source import open_model
 from billm_convert.workdir import WorkFolder
 from billm_format.errors import DoesNotFitError, UsageError
@@ -39,11 +40,12 @@ def small(folder: Path, family: str, seed: int, **changes: Any) -> tuple[Path, C
     return folder / "model", ConvertSettings(calib=str(text), seed=seed % 1000, **SIZES)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_file_holds_the_model(family: str, tmp_path: Path, seed: int) -> None:
+def test_file_holds_the_model(family: str, recipe: str, tmp_path: Path, seed: int) -> None:
     """Dequantized weights put into Hugging Face's own model and the original's errors must agree with the report."""
     folder, settings = small(tmp_path, family, seed)
-    report = convert(folder, tmp_path / "out.billm", settings)
+    report = convert(folder, tmp_path / "out.billm", dataclasses.replace(settings, recipe=recipe))
     source = open_model(folder)
     with BillmFile.open(tmp_path / "out.billm") as file:
         file.verify()
@@ -172,9 +174,11 @@ def stop_at(share: float) -> Any:
     return watch
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", ["llama-biased", "opt-350m"])
-def test_resume_gives_the_same_bytes(family: str, tmp_path: Path, seed: int) -> None:
+def test_resume_gives_the_same_bytes(family: str, recipe: str, tmp_path: Path, seed: int) -> None:
     folder, settings = small(tmp_path, family, seed, num_hidden_layers=3)
+    settings = dataclasses.replace(settings, recipe=recipe)
     whole, out = tmp_path / "whole.billm", tmp_path / "out.billm"
     convert(folder, whole, settings)
     resume = dataclasses.replace(settings, resume=True)

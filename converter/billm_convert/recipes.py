@@ -1,0 +1,25 @@
+"""The recipes by name: how the Linears that read one input are binarized."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from billm_convert.refined import RefinedSettings, solve_refined
+from billm_convert.settings import ConvertSettings
+from billm_convert.solved import SolvedLinear
+from billm_convert.solver import PaperSettings, solve_linear
+
+# From the weights [rows, cols] of all Linears that read an input, and its Hessian [cols, cols].
+Recipe = Callable[[Sequence[Tensor], Tensor], list[SolvedLinear]]
+
+
+def choose_recipe(settings: ConvertSettings) -> Recipe:
+    """Return the recipe that `settings` name, with their numbers."""
+    fewest = min(3, settings.max_salient)
+    if settings.recipe == "refined":
+        refined = RefinedSettings(settings.block_size, fewest, settings.max_salient, settings.dampening)
+        return lambda weights, hessian: solve_refined(weights, hessian, refined)
+    paper = PaperSettings(
+        block_size=settings.block_size, min_salient=fewest, max_salient=settings.max_salient, damp=settings.dampening
+    )
+    return lambda weights, hessian: [solve_linear(weight, hessian, paper) for weight in weights]

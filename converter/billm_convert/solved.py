@@ -1,0 +1,56 @@
+"""What every recipe takes and gives: a Linear and its Hessian, checked; a binarized Linear with its errors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from billm_format.errors import UsageError
+from billm_format.packing import PackedLinear
+
+
+@dataclass(frozen=True)
+class SolvedLinear:
+    """A binarized Linear, ready for the writer, and what it cost. Errors are over all rows, of the stored weights."""
+
+    packed: PackedLinear  # without bias
+    error: float  # tr(D H Dᵀ) / tr(W H Wᵀ), D = W - B, H without dampening: relative output error
+    weight_error: float  # ||D||² / ||W||²
+    salient_fraction: float  # of all columns
+    sparse_fraction: float  # of the non-salient weights
+    damp: float  # what was used: above the settings' where H was not positive definite
+
+
+def check_problem(weight: Tensor, hessian: Tensor) -> None:
+    """Raise unless shapes fit and every value is finite: UsageError for values, ValueError for shapes."""
+    if weight.ndim != 2 or 0 in weight.shape or weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"wanted a float32 weight [rows, cols], found {weight.dtype} {list(weight.shape)}")
+    cols = weight.shape[1]
+    if hessian.shape != (cols, cols):
+        raise ValueError(f"a weight {list(weight.shape)} wants a Hessian [{cols}, {cols}], found {list(hessian.shape)}")
+    for what, tensor in (("weight", weight), ("Hessian", hessian)):
+        if not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise UsageError(
+                f"{bad} of {tensor.numel()} values of a Linear's {what} {list(tensor.shape)} are not finite: the model "
+                "is damaged, or overflows on the calibration text"
+            )
+
+
+def relative_errors(weight: Tensor, delta: Tensor, hessian: Tensor) -> tuple[float, float]:
+    """Return (tr(D H Dᵀ) / tr(W H Wᵀ), ||D||² / ||W||²)."""
+    metric = hessian.to(weight)
+
+    def energy(matrix: Tensor) -> float:
+        # Rounding can leave a tiny negative where H is singular.
+        return max(0.0, float((matrix @ metric).mul_(matrix).sum(dtype=torch.float64)))
+
+    def square(matrix: Tensor) -> float:
+        return float(matrix.square().sum(dtype=torch.float64))
+
+    return _quotient(energy(delta), energy(weight)), _quotient(square(delta), square(weight))
+
+
+def _quotient(error: float, whole: float) -> float:
+    # Where there is nothing to keep, any error is all of it.
+    return error / whole if whole > 0 else float(error > 0)
