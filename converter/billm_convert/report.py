@@ -3,8 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -12,7 +13,13 @@ from rich.table import Table
 
 from billm_convert.settings import ConvertReport, Event, LinearReport
 
-_LABELS = {"sampling": "sampling text", "blocks": "binarizing", "writing": "writing"}
+_LABELS = {
+    "sampling": "sampling text",
+    "blocks": "binarizing",
+    "tuning blocks": "tuning blocks",
+    "tuning model": "tuning the model",
+    "writing": "writing",
+}
 _LEAST_SHARE = 0.01  # of the work, before its speed says anything about the rest
 
 
@@ -65,9 +72,13 @@ class Display:
             counts = (
                 f"block {min(int(event.done) + 1, int(event.total))}/{int(event.total)}, "
                 if event.stage == "blocks"
+                else f"{event.text}, "
+                if event.text
                 else ""
             )
             self._bar.update(self._bar.task_ids[-1], completed=event.done, text=f"{counts}{left}")
+        elif event.text:
+            self._console.print(f"{_LABELS[event.stage]}: {event.text}, {left}", markup=False)
         elif event.linears:
             self._console.print(block_line(event.linears, int(event.total), left), markup=False)
 
@@ -126,12 +137,23 @@ def print_result(report: ConvertReport, *, table: bool) -> None:
     console.print(
         f"relative output error {geometric_mean(report.layers):.4f} (geometric mean of {len(report.layers)} Linears)"
     )
+    if report.tuning:
+        console.print(tuning_line(report.tuning), markup=False)
     if not table:
         return
     used = report.calibration
     windows = f"{used['nsamples']} x {used['seqlen']:,} tokens, seed {used['seed']}"
     console.print(f"calibrated on {used['name']}: {windows}", markup=False)
     console.print(f"{duration(report.seconds)} on {report.device}; {memory_line(report)}", markup=False)
+
+
+def tuning_line(tuning: Mapping[str, Any]) -> str:
+    """Return what training came to."""
+    return (
+        f"tuned for {tuning['block_steps']} steps a block and {tuning['model_steps']} steps of the whole model "
+        f"({tuning['seqlen']:,} tokens each): held-out KL to full precision {tuning['kl_before']:.3f} -> "
+        f"{tuning['kl_after']:.3f}"
+    )
 
 
 def memory_line(report: ConvertReport) -> str:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
 
-RECIPES = ("paper",)
+TUNED = "tuned"  # trains what the recipe before it found
+RECIPES = ("paper", TUNED)
 SELF = "self"  # --calib: text that the full-precision model writes itself
 
 # The paper's calibration, and what a CPU gets through in minutes: (windows, tokens in each).
@@ -17,10 +18,28 @@ CPU_CALIBRATION = (32, 1024)
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How long the recipe "tuned" trains. A step reads one window of text."""
+
+    windows: int  # of TUNING_TOKENS tokens
+    block_steps: int  # for each block, against the full-precision block
+    model_steps: int  # of the whole model, against the full-precision logits
+
+
+TUNING_TOKENS = 512
+EFFORTS = {
+    "fast": Effort(windows=120, block_steps=0, model_steps=120),
+    "normal": Effort(windows=600, block_steps=0, model_steps=600),
+    "max": Effort(windows=1600, block_steps=0, model_steps=3200),
+}
+
+
+@dataclass(frozen=True)
 class ConvertSettings:
     """How to convert; None: chosen when the conversion starts, and said."""
 
     recipe: str = "paper"
+    effort: str = "normal"  # of the recipe "tuned": a key of EFFORTS
     block_size: int = 128
     max_salient: int = 30  # most salient columns in a block
     damp: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
@@ -38,6 +57,8 @@ class ConvertSettings:
         """Raise UsageError, naming the option, for a value that cannot work."""
         if self.recipe not in RECIPES:
             raise UsageError(f"--recipe: wanted one of {', '.join(RECIPES)}, found {self.recipe!r}")
+        if self.effort not in EFFORTS:
+            raise UsageError(f"--effort: wanted one of {', '.join(EFFORTS)}, found {self.effort!r}")
         if self.block_size not in BLOCK_SIZES:
             raise UsageError(f"--block-size: wanted one of {', '.join(map(str, BLOCK_SIZES))}, found {self.block_size}")
         if not 0 <= self.max_salient <= self.block_size:
@@ -78,7 +99,7 @@ class LinearReport:
 class Event:
     """One step of progress: `done` of `total`, fractions of a block included, or something to say."""
 
-    stage: Literal["note", "sampling", "blocks", "writing"]
+    stage: Literal["note", "sampling", "blocks", "tuning blocks", "tuning model", "writing"]
     done: float = 0.0
     total: float = 0.0
     text: str = ""
@@ -105,6 +126,7 @@ class ConvertReport:
     device_peak_bytes: int | None
     memory: dict[str, int]  # what the peak is made of, as computed
     resumed_blocks: int = 0
+    tuning: dict[str, Any] | None = None  # None: the recipe does not train
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that `--json` prints."""

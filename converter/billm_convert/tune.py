@@ -1,0 +1,238 @@
+"""The recipe "tuned": what a solver found, trained on some hundred windows of text towards the full-precision model."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from billm_convert.block import DecoderBlock, Rotary, embed, finish
+from billm_convert.embedding import EmbeddingTable, to_float16
+from billm_convert.settings import EFFORTS, TUNING_TOKENS, ConvertSettings, Event, Progress
+from billm_convert.source import ModelSource
+from billm_convert.tune_block import BlockStart, Rates, TunedBlock, TunedModel, block_start, block_tensors
+from billm_convert.tune_text import TuningText
+from billm_convert.tune_train import BlockLoss, Trainer, logit_distance, quick_products, tune_block
+from billm_convert.workdir import Kind, WorkFolder
+from billm_format.config import Quantization
+
+# Learning rates, measured on SmolLM2-135M.
+BLOCK_RATES = Rates(latents=0.5, codes=0.2, vectors=1e-3)
+MODEL_RATES = Rates(latents=1.0, codes=0.1, vectors=1e-3)
+
+_SAVE_EVERY = 50  # steps of the whole model between two savings of its state
+_TELL_EVERY = 10
+
+# (windows to train on, tokens in each) -> the text
+Draw = Callable[[int, int], TuningText]
+
+
+class Tuning:
+    """Both trainings of one model. What is finished lies in the work folder and is not done again."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        quantization: Quantization,
+        settings: ConvertSettings,
+        device: torch.device,
+        work: WorkFolder,
+        progress: Progress,
+    ) -> None:
+        """Start from the blocks that the solver has left in `work`."""
+        self._source = source
+        self._config = source.config
+        self._quantization = quantization
+        self._effort = EFFORTS[settings.effort]
+        self._seed = settings.seed
+        self._device = device
+        self._work = work
+        self._progress = progress
+
+    def run(self, draw: Draw) -> dict[str, Any]:
+        """Train what is not trained yet, leave the final blocks in the work folder, return what the record says."""
+        layers = self._config.num_hidden_layers
+        if self._work.finished_blocks("final") == layers + 1:
+            record: dict[str, Any] = self._work.block_record(layers, "final")
+            return record
+        stored = self._work.tuning_text()
+        if stored is None:
+            text = draw(self._effort.windows, min(TUNING_TOKENS, self._config.max_position_embeddings))
+            stored = {"tokens": text.tokens, "ends": self._run_blocks(text)}
+            self._work.save_tuning_text(stored)
+        text = TuningText(stored["tokens"])
+        model, distances = self._run_model(text, stored["ends"])
+        record = {
+            **{name: value for name, value in vars(self._effort).items() if name != "windows"},
+            **text.describe(),
+            **distances,
+        }
+        for layer, block in enumerate(model.blocks):
+            self._work.save_block(layer, block_tensors(layer, block.result()), None, "final")
+        self._work.save_block(layers, model.final_norm(), record, "final")
+        return record
+
+    def _load(self, layer: int, kind: Kind) -> BlockStart:
+        names = self._work.block_names(layer, kind)
+        return block_start(
+            self._config,
+            self._quantization,
+            layer,
+            {name: self._work.block_tensor(layer, name, kind) for name in names},
+        )
+
+    # --- block by block ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _run_blocks(self, text: TuningText) -> NDArray[np.float16]:
+        """Train block after block, each on what the tuned ones before it give.
+
+        Returns what full precision makes of the text, just before the head: float16 [windows, seqlen, embedding_size].
+        """
+        wanted = self._first_inputs(text, stored=False)
+        steps = self._effort.block_steps
+        hidden = self._first_inputs(text, stored=True) if steps else None
+        layers = self._config.num_hidden_layers
+        finished = self._work.finished_blocks("tuned")
+        for layer in range(layers):
+            weights = {name: value.to(self._device) for name, value in self._source.layer(layer).items()}
+            self._advance(DecoderBlock(self._config, weights, self._rotary(text)), wanted)
+            told = ""
+            if hidden is not None:
+                start = self._load(layer, "tuned" if layer < finished else "block")
+                block = TunedBlock(self._config, start, self._rotary(text), self._device)
+                if layer >= finished:
+                    told = self._tune_block(layer, block, hidden, wanted, text)
+                    self._work.save_block(layer, block_tensors(layer, block.result()), told, "tuned")
+                self._advance(block, hidden)
+            self._progress(Event("tuning blocks", layer + 1, layers, told))
+        tables = self._tables(stored=False)
+        ends = [finish(self._config, tables, window.to(self._device)).cpu() for window in wanted]
+        return to_float16("of final hidden states", torch.stack(ends))
+
+    def _tune_block(self, layer: int, block: TunedBlock, hidden: Tensor, wanted: Tensor, text: TuningText) -> str:
+        """Train one block; return its held-out error before and after, to be shown."""
+        loss = self._block_loss(layer)
+
+        def judge() -> float:
+            errors = 0.0
+            for i in text.held_out:
+                window = slice(i, i + 1)
+                errors += float(loss(block.forward(hidden[window].to(self._device)), wanted[window].to(self._device)))
+            return errors / len(text.held_out)
+
+        before = judge()
+        order = self._order(text.training, self._effort.block_steps, layer)
+        tune_block(block, loss, hidden, wanted, BLOCK_RATES, order)
+        return f"error {before:.4f} -> {judge():.4f}"
+
+    def _block_loss(self, layer: int) -> BlockLoss:
+        """Return the loss that sees block `layer`'s output as the norm behind it does."""
+        if layer + 1 < self._config.num_hidden_layers:
+            name, names = "attn_norm", {f"layers.{layer + 1}.attn_norm.{part}": part for part in ("weight", "bias")}
+        else:
+            name, names = "final_norm", {f"final_norm.{part}": part for part in ("weight", "bias")}
+        known = set(self._source.names())
+        norms = {
+            f"{name}.{part}": self._source.tensor(full).to(self._device)
+            for full, part in names.items()
+            if full in known
+        }
+        return BlockLoss(self._config, norms, name)
+
+    def _advance(self, block: DecoderBlock, hidden: Tensor) -> None:
+        for window in hidden:
+            window.copy_(block.forward(window[None].to(self._device))[0])
+
+    def _order(self, windows: int, steps: int, salt: int) -> list[int]:
+        """Return which window each step reads: all of them in a random order, then all in another."""
+        rng = random.Random(self._seed * 1_000_003 + salt)
+        order: list[int] = []
+        while len(order) < steps:
+            order += rng.sample(range(windows), windows)
+        return order[:steps]
+
+    # --- tables ------------------------------------------------------------------------------------------------------
+
+    def _rotary(self, text: TuningText) -> Rotary | None:
+        if self._config.position != "rope":
+            return None
+        return Rotary(
+            self._source.tensor("rope.inv_freq").to(self._device), self._config.rope_scale, text.tokens.shape[1]
+        )
+
+    def _tables(self, *, stored: bool) -> dict[str, Tensor]:
+        """Return what stands before and behind the blocks, embedding and head apart; `stored`: as in the file."""
+        out = {}
+        for name in self._source.names():
+            if name.startswith(("pos_embed.", "project_", "final_norm.")):
+                value = self._source.tensor(name)
+                if stored and not name.startswith("final_norm."):
+                    value = torch.from_numpy(to_float16(name, value).astype(np.float32))
+                out[name] = value.to(self._device)
+        return out
+
+    def _first_inputs(self, text: TuningText, *, stored: bool) -> Tensor:
+        """Return the first block's input for every window, float32 [windows, seqlen, hidden] on the CPU."""
+        table = EmbeddingTable(self._source, "embed", self._quantization.embedding_bits if stored else 16)
+        rows = table.lookup(torch.from_numpy(text.tokens))
+        tables = {name: value.cpu() for name, value in self._tables(stored=stored).items()}
+        return embed(self._config, tables, rows).contiguous()
+
+    def _head(self, *, stored: bool) -> Tensor:
+        """Return the output head float32 [vocab, embedding_size]."""
+        name = "embed" if self._config.tie_word_embeddings else "head"
+        if stored and self._quantization.embedding_bits == 8:
+            table = EmbeddingTable(self._source, name, 8)
+            value = torch.from_numpy(table.weight() * table.scale().astype(np.float32)[:, None])
+        else:
+            value = self._source.tensor(f"{name}.weight")
+            value = value.half().float() if stored else value
+        return value.to(self._device)
+
+    # --- the whole model ---------------------------------------------------------------------------------------------
+
+    def _run_model(self, text: TuningText, wanted: NDArray[np.float16]) -> tuple[TunedModel, dict[str, float]]:
+        """Train everything at once towards `wanted`, as `_run_blocks` returned it; return the model and its losses.
+
+        The state is saved every few steps, and taken up where it was saved last.
+        """
+        kind: Kind = "tuned" if self._effort.block_steps else "block"
+        starts = (self._load(layer, kind) for layer in range(self._config.num_hidden_layers))
+        model = TunedModel(self._config, starts, self._tables(stored=True), self._rotary(text), self._device)
+        inputs = self._first_inputs(text, stored=True)
+        heads = self._head(stored=True), self._head(stored=False)
+
+        def distance(window: int) -> tuple[float, Tensor, Tensor]:
+            hidden = model.hidden(inputs[window : window + 1].to(self._device))[0]
+            goal = torch.from_numpy(wanted[window]).to(self._device)
+            return (*logit_distance(hidden.detach(), goal, *heads), hidden)
+
+        def judge() -> float:
+            with torch.no_grad():
+                return sum(distance(window)[0] for window in text.held_out) / len(text.held_out)
+
+        steps = self._effort.model_steps
+        order = self._order(text.training, steps, -1)
+        trainer = Trainer(model.blocks, model.vectors(), MODEL_RATES, steps)
+        saved = self._work.training()
+        if saved is None:
+            before = judge()
+        else:
+            trainer.load(saved[0], saved[1]["step"])
+            before = saved[1]["before"]
+        losses: list[float] = []
+        while trainer.step < steps:
+            with quick_products():
+                loss, gradient, hidden = distance(order[trainer.step])
+                torch.autograd.backward(hidden, gradient)
+            trainer.update()
+            losses = [*losses, loss][-_TELL_EVERY:]
+            told = f"KL {sum(losses) / len(losses):.3f}" if trainer.step % _TELL_EVERY == 0 else ""
+            self._progress(Event("tuning model", trainer.step, steps, told))
+            if trainer.step % _SAVE_EVERY == 0 and trainer.step < steps:
+                self._work.save_training(trainer.state(), {"step": trainer.step, "before": before})
+        return model, {"kl_before": before, "kl_after": judge()}

@@ -1,0 +1,81 @@
+"""Training as part of a conversion: it helps, keeps to the format, and goes on after a kill as if nothing had been."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from convert.hf_models import FAMILIES, save_model, write_text
+
+from billm_convert import ConvertSettings, Event, convert, settings
+from billm_convert.settings import Effort
+from billm_format.layout import all_tensors
+from billm_format.reader import BillmFile
+
+SIZES: dict[str, Any] = {"nsamples": 3, "seqlen": 24, "block_size": 32, "max_salient": 8}
+
+
+class Stop(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+def small(
+    folder: Path, family: str, seed: int, monkeypatch: pytest.MonkeyPatch, effort: Effort, **changes: Any
+) -> ConvertSettings:
+    """Save a model and a text; return settings that convert and tune it in a blink."""
+    save_model(folder / "model", family, seed, **changes)
+    text = write_text(folder / "text.txt", seed)
+    monkeypatch.setitem(settings.EFFORTS, "fast", effort)
+    return ConvertSettings(recipe="tuned", effort="fast", calib=str(text), seed=seed % 1000, **SIZES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tuning_brings_every_family_nearer_to_full_precision(
+    family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=8, block_steps=6, model_steps=24))
+    report = convert(tmp_path / "model", tmp_path / "out.billm", options)
+    assert report.tuning is not None
+    assert report.tuning["kl_after"] < 0.9 * report.tuning["kl_before"]
+    with BillmFile.open(tmp_path / "out.billm") as file:
+        file.verify()
+        assert [info for info in file.tensors if not info.startswith("pad.")] == [
+            spec.name for spec in all_tensors(file.config, file.quantization)
+        ]
+        assert file.conversion["tuning"] == report.tuning
+
+
+def test_no_steps_change_nothing(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = small(tmp_path, "opt-350m", seed, monkeypatch, Effort(windows=2, block_steps=0, model_steps=0))
+    convert(tmp_path / "model", tmp_path / "tuned.billm", options)
+    convert(tmp_path / "model", tmp_path / "start.billm", dataclasses.replace(options, recipe="paper"))
+    with BillmFile.open(tmp_path / "tuned.billm") as tuned, BillmFile.open(tmp_path / "start.billm") as start:
+        assert tuned.checksums == start.checksums
+
+
+@pytest.mark.parametrize("family", ["llama-biased", "opt"])
+def test_resume_gives_the_same_bytes(family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from billm_convert import tune
+
+    monkeypatch.setattr(tune, "_SAVE_EVERY", 3)
+    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=5, block_steps=3, model_steps=8))
+    whole, out = tmp_path / "whole.billm", tmp_path / "out.billm"
+    convert(tmp_path / "model", whole, options)
+    resume = dataclasses.replace(options, resume=True)
+    for stage, done in [
+        ("blocks", 1.1),
+        ("tuning blocks", 1),
+        ("tuning model", 2),
+        ("tuning model", 7),
+        ("writing", 1),
+    ]:
+
+        def watch(event: Event, stage: str = stage, done: float = done) -> None:
+            if event.stage == stage and event.done >= done:
+                raise Stop
+
+        with pytest.raises(Stop):
+            convert(tmp_path / "model", out, resume, watch)
+    convert(tmp_path / "model", out, resume)
+    assert out.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "out.billm.work").exists()
