@@ -22,6 +22,7 @@ from billm_convert.settings import (
     GPU_CALIBRATION,
     SELF,
     TUNED,
+    TUNING_TOKENS,
     ConvertReport,
     ConvertSettings,
     Event,
@@ -328,15 +329,15 @@ class Conversion:
     def _tune(self, work: WorkFolder) -> dict[str, Any]:
         """Train what the solver found; return what the record says of it."""
         tuning = Tuning(self.source, self.quantization, self.settings, self.device, work, self._progress)
-        return tuning.run(self._tuning_windows)
+        return tuning.run(self._tuning_text)
 
-    def _tuning_windows(self, windows: int, seqlen: int) -> TuningText:
-        """Draw the text to train on, from the same source as the calibration's."""
+    def _tuning_text(self, windows: int) -> TuningText:
+        """Draw the text to train on from where the calibration's came from."""
+        seqlen = min(TUNING_TOKENS, self.seqlen)
         seed = self.settings.seed + 1  # the calibration's windows again would teach less
         if self.text.choice == SELF:
             return TuningText(self._sample(windows + HELD_OUT, seqlen, seed))
-        tokenizer = self.tokenizer.load(self.config)
-        return draw_text(self.text, tokenizer, windows, seqlen, seed)
+        return draw_text(self.text, self.tokenizer.load(self.config), windows, seqlen, seed)
 
     # --- the file ----------------------------------------------------------------------------------------------------
 

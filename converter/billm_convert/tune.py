@@ -11,7 +11,7 @@ from torch import Tensor
 
 from billm_convert.block import DecoderBlock, Rotary, embed, finish
 from billm_convert.embedding import EmbeddingTable, to_float16
-from billm_convert.settings import EFFORTS, TUNING_TOKENS, ConvertSettings, Event, Progress
+from billm_convert.settings import EFFORTS, ConvertSettings, Event, Progress
 from billm_convert.source import ModelSource
 from billm_convert.tune_block import BlockStart, Rates, TunedBlock, TunedModel, block_start, block_tensors
 from billm_convert.tune_text import TuningText
@@ -20,14 +20,14 @@ from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import Quantization
 
 # Learning rates, measured on SmolLM2-135M.
-BLOCK_RATES = Rates(latents=0.5, codes=0.2, vectors=1e-3)
-MODEL_RATES = Rates(latents=1.0, codes=0.1, vectors=1e-3)
+BLOCK_RATES = Rates(latents=4.0, codes=0.2, vectors=1e-3)
+MODEL_RATES = Rates(latents=4.0, codes=0.1, vectors=1e-3)
 
 _SAVE_EVERY = 50  # steps of the whole model between two savings of its state
 _TELL_EVERY = 10
 
-# (windows to train on, tokens in each) -> the text
-Draw = Callable[[int, int], TuningText]
+# number of windows to train on -> the text
+Draw = Callable[[int], TuningText]
 
 
 class Tuning:
@@ -60,7 +60,7 @@ class Tuning:
             return record
         stored = self._work.tuning_text()
         if stored is None:
-            text = draw(self._effort.windows, min(TUNING_TOKENS, self._config.max_position_embeddings))
+            text = draw(self._effort.windows)
             stored = {"tokens": text.tokens, "ends": self._run_blocks(text)}
             self._work.save_tuning_text(stored)
         text = TuningText(stored["tokens"])
