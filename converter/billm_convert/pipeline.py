@@ -19,6 +19,7 @@ from billm_convert.embedding import EmbeddingTable, to_float16
 from billm_convert.hessian import HessianAccumulator
 from billm_convert.settings import (
     CPU_CALIBRATION,
+    EFFORTS,
     GPU_CALIBRATION,
     SELF,
     TUNED,
@@ -116,8 +117,7 @@ class Conversion:
             resumed = self._begin(work, state)
             if resumed is None:
                 return self._already_done(started)
-            resources.check_memory(self.memory, self.device)
-            resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes())
+            self._check_room(work)
             tokens = self._tokens(work)
             self._run_blocks(work, tokens, resumed)
             record = {**self.record(), "calibration": describe(self.text, tokens, self.settings.seed)}
@@ -126,6 +126,17 @@ class Conversion:
             size = self._assemble(work, record)
             work.remove()
         return self._report(started, record, size, resumed)
+
+    def _check_room(self, work: WorkFolder) -> None:
+        """Raise DoesNotFitError for too little memory or disk, before hours of work rather than after."""
+        resources.check_memory(self.memory, self.device)
+        training = 0
+        if self.settings.recipe == TUNED:
+            windows = EFFORTS[self.settings.effort].windows
+            plan = resources.tuning_memory(self.config, windows, self._tuning_seqlen())
+            resources.check_tuning_memory(plan, self.device)
+            training = resources.tuning_disk(plan)
+        resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes(), training)
 
     # --- beginning and resuming ------------------------------------------------------------------------------------
 
@@ -333,11 +344,14 @@ class Conversion:
 
     def _tuning_text(self, windows: int) -> TuningText:
         """Draw the text to train on from where the calibration's came from."""
-        seqlen = min(TUNING_TOKENS, self.seqlen)
+        seqlen = self._tuning_seqlen()
         seed = self.settings.seed + 1  # the calibration's windows again would teach less
         if self.text.choice == SELF:
             return TuningText(self._sample(windows + HELD_OUT, seqlen, seed))
         return draw_text(self.text, self.tokenizer.load(self.config), windows, seqlen, seed)
+
+    def _tuning_seqlen(self) -> int:
+        return min(TUNING_TOKENS, self.seqlen)
 
     # --- the file ----------------------------------------------------------------------------------------------------
 

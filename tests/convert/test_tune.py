@@ -9,6 +9,7 @@ from convert.hf_models import FAMILIES, save_model, write_text
 
 from billm_convert import ConvertSettings, Event, convert, settings
 from billm_convert.settings import Effort
+from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import all_tensors
 from billm_format.reader import BillmFile
 
@@ -81,3 +82,16 @@ def test_resume_gives_the_same_bytes(family: str, tmp_path: Path, seed: int, mon
     convert(tmp_path / "model", out, resume)
     assert out.read_bytes() == whole.read_bytes()
     assert not (tmp_path / "out.billm.work").exists()
+
+
+def test_too_little_memory_is_refused_before_the_work_begins(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=10**8, block_steps=0, model_steps=1))
+    with pytest.raises(DoesNotFitError, match=r"weights [\d.]+ \+ activations .*the other recipes hold one block"):
+        convert(tmp_path / "model", tmp_path / "out.billm", options)
+
+
+def test_an_unknown_effort_is_refused() -> None:
+    with pytest.raises(UsageError, match="--effort: wanted one of fast, normal, max, found 'huge'"):
+        ConvertSettings(effort="huge")
