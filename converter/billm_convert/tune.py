@@ -19,9 +19,11 @@ from billm_convert.tune_train import BlockLoss, Trainer, logit_distance, quick_p
 from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import Quantization
 
-# Learning rates, measured on SmolLM2-135M.
+# Measured on SmolLM2-135M. A block alone has few steps and bears large ones: in 100 steps, latents at 0, 1, 4 and 12
+# bring block 14's held-out error from 0.256 to 0.190, 0.182, 0.166 and 0.173. The whole model does not: twice these
+# rates, or latents at 4, first drive its loss up.
 BLOCK_RATES = Rates(latents=4.0, codes=0.2, vectors=1e-3)
-MODEL_RATES = Rates(latents=4.0, codes=0.1, vectors=1e-3)
+MODEL_RATES = Rates(latents=1.0, codes=0.1, vectors=1e-3)
 
 _SAVE_EVERY = 50  # steps of the whole model between two savings of its state
 _TELL_EVERY = 10

@@ -32,34 +32,50 @@ def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     return value + (rounded - value).detach()  # both are near, so neither operation rounds
 
 
-class LevelProduct(torch.autograd.Function):
-    """x [tokens, cols] times the levels [rows, cols] that latents, mid and half stand for.
+class StoredProduct(torch.autograd.Function):
+    """x [tokens, cols] times the weight [rows, cols] that latents, scales, row multipliers and column scales stand for.
 
     mid and half are [rows, 2 * blocks]; `places` [2 * blocks, cols] is 1 where a column reads them: a product with it
     spreads a value over its columns, one with its transpose sums over them. Gradients: that of a level goes straight to
-    its latent; mid and half get the exact ones, codes held fixed. Levels are made again for the backward pass: keeping
-    them would cost as much memory as the latents.
+    its latent; all others are exact, codes held fixed. Only what comes in is kept for the backward pass: levels would
+    take as much memory again as the latents, scaled inputs and unscaled outputs as the activations.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, latent: Tensor, mid: Tensor, half: Tensor, places: Tensor) -> Tensor:
-        """Return the product [tokens, rows]."""
-        ctx.save_for_backward(x, latent, mid, half, places)
-        return x @ nearest_levels(latent, mid @ places, half @ places).T
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        latent: Tensor,
+        mid: Tensor,
+        half: Tensor,
+        rows: Tensor,
+        cols: Tensor | None,
+        places: Tensor,
+    ) -> Tensor:
+        """Return the product [tokens, rows]; `rows` are the row multipliers, `cols` the column scales."""
+        ctx.save_for_backward(x, latent, mid, half, rows, cols, places)
+        levels = nearest_levels(latent, mid @ places, half @ places)
+        return ((x if cols is None else x * cols) @ levels.T).mul_(rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
-        """Return the gradients of x, latent, mid and half."""
-        x, latent, mid, half, places = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients in the order of the inputs."""
+        x, latent, mid, half, rows, cols, places = ctx.saved_tensors
         middle = mid @ places
-        for_x = grads[0] @ nearest_levels(latent, middle, half @ places)
-        for_level = grads[0].T @ x
+        levels = nearest_levels(latent, middle, half @ places)
+        for_x, for_cols = (grads[0] * rows) @ levels, None
+        for_level = grads[0].T @ (x if cols is None else x * cols)
+        if cols is not None:
+            for_cols = (for_x * x).sum(dim=0)
+            for_x *= cols
+        for_rows = levels.mul_(for_level).sum(dim=1)
+        for_level *= rows[:, None]
         one = torch.ones((), dtype=latent.dtype, device=latent.device)
-        signed = torch.copysign(one, latent).mul_(for_level)
+        signed = torch.copysign(one, latent, out=levels).mul_(for_level)
         for_mid = signed @ places.T
         side = middle.sub_(latent.abs())
         for_half = signed.mul_(torch.copysign(one, side, out=side)) @ places.T
-        return for_x, for_level if ctx.needs_input_grad[1] else None, for_mid, for_half.neg_(), None
+        return for_x, for_level, for_mid, for_half.neg_(), for_rows, for_cols, None
 
 
 def nearest_levels(latent: Tensor, middle: Tensor, half: Tensor) -> Tensor:
@@ -145,12 +161,11 @@ class TunedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the Linear as the file will hold it to x [..., cols]."""
-        if self.col_scale is not None:
-            x = x * self.col_scale()
         mid, half = self.stored_codes()
-        flat = x.flatten(0, -2)
-        y: Tensor = LevelProduct.apply(flat, self.latent, mid, half, self._places)  # type: ignore[no-untyped-call]
-        y = y.view(*x.shape[:-1], -1) * self.row_scale()
+        cols = None if self.col_scale is None else self.col_scale()
+        parts = x.flatten(0, -2), self.latent, mid, half, self.row_scale(), cols, self._places
+        y: Tensor = StoredProduct.apply(*parts)  # type: ignore[no-untyped-call]
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias()
 
     @torch.no_grad()

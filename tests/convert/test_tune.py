@@ -8,6 +8,7 @@ import pytest
 from convert.hf_models import FAMILIES, save_model, write_text
 
 from billm_convert import ConvertSettings, Event, convert, settings
+from billm_convert.cli import main
 from billm_convert.settings import Effort
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import all_tensors
@@ -95,3 +96,17 @@ def test_too_little_memory_is_refused_before_the_work_begins(
 def test_an_unknown_effort_is_refused() -> None:
     with pytest.raises(UsageError, match="--effort: wanted one of fast, normal, max, found 'huge'"):
         ConvertSettings(effort="huge")
+
+
+def test_the_command_shows_progress_and_the_outcome(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=4, block_steps=2, model_steps=20))
+    argv = [str(tmp_path / "model"), str(tmp_path / "out.billm"), "--recipe", "tuned", "--effort", "fast"]
+    argv += ["--calib", str(options.calib), "--nsamples", "3", "--seqlen", "24", "--block-size", "32"]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    assert "tuned for 2 steps a block and 20 steps of the whole model (24 tokens each): held-out KL" in shown.out
+    assert shown.err.count("tuning blocks: error ") == 2
+    assert shown.err.count("tuning the model: KL ") == 2
+    assert " left" in shown.err
