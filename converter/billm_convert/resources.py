@@ -67,7 +67,7 @@ def tuning_memory(config: ModelConfig, windows: int, seqlen: int) -> dict[str, i
         "weights": 4 * 4 * weights,  # latent, gradient, two moments
         "activations": 4 * seqlen * config.num_hidden_layers * kept,
         "heads": 2 * 4 * config.vocab_size * config.embedding_size,
-        "hidden_states": 4 * 2 * windows * seqlen * config.hidden_size,
+        "hidden_states": (4 + 2) * windows * seqlen * config.hidden_size,  # at work, and what is kept of the last
     }
 
 
@@ -106,7 +106,7 @@ def _compare_memory(parts: dict[str, int], free: int, what: str, advice: str) ->
 def tuning_disk(plan: dict[str, int]) -> int:
     """Return the bytes on disk that training by the plan of `tuning_memory` takes: its state twice, and the text."""
     state = plan["weights"] * 3 // 4  # latents and their moments; a new state is written beside the old one
-    return 2 * state + plan["hidden_states"] // 4
+    return 2 * state + plan["hidden_states"] // 3
 
 
 def check_disk(out: Path, config: ModelConfig, quantization: Quantization, there: int, training: int = 0) -> None:

@@ -28,8 +28,8 @@ class Effort:
 
 TUNING_TOKENS = 512
 EFFORTS = {
-    "fast": Effort(windows=120, block_steps=0, model_steps=120),
-    "normal": Effort(windows=600, block_steps=0, model_steps=600),
+    "fast": Effort(windows=150, block_steps=0, model_steps=150),
+    "normal": Effort(windows=800, block_steps=0, model_steps=800),
     "max": Effort(windows=1600, block_steps=0, model_steps=3200),
 }
 

@@ -1,7 +1,7 @@
 """The recipe "tuned": what a solver found, trained on some hundred windows of text towards the full-precision model."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from billm_convert.embedding import EmbeddingTable, to_float16
 from billm_convert.settings import EFFORTS, ConvertSettings, Event, Progress
 from billm_convert.source import ModelSource
 from billm_convert.tune_block import BlockStart, Rates, TunedBlock, TunedModel, block_start, block_tensors
-from billm_convert.tune_text import TuningText
+from billm_convert.tune_text import HELD_OUT, TuningText
 from billm_convert.tune_train import BlockLoss, Trainer, logit_distance, quick_products, tune_block
 from billm_convert.workdir import Kind, WorkFolder
-from billm_format.config import Quantization
+from billm_format.config import ModelConfig, Quantization
 
 # Measured on SmolLM2-135M. A block alone has few steps and bears large ones: in 100 steps, latents at 0, 1, 4 and 12
 # bring block 14's held-out error from 0.256 to 0.190, 0.182, 0.166 and 0.173. The whole model does not: twice these
@@ -94,9 +94,10 @@ class Tuning:
 
         Returns what full precision makes of the text, just before the head: float16 [windows, seqlen, embedding_size].
         """
-        wanted = self._first_inputs(text, stored=False)
-        steps = self._effort.block_steps
-        hidden = self._first_inputs(text, stored=True) if steps else None
+        wanted = self._first_inputs(text, stored=False).all()
+        trained = self._trained_windows(text)
+        inputs = self._first_inputs(text, stored=True)
+        hidden = torch.cat([inputs[window] for window in trained]) if trained else None
         layers = self._config.num_hidden_layers
         finished = self._work.finished_blocks("tuned")
         for layer in range(layers):
@@ -107,7 +108,7 @@ class Tuning:
                 start = self._load(layer, "tuned" if layer < finished else "block")
                 block = TunedBlock(self._config, start, self._rotary(text), self._device)
                 if layer >= finished:
-                    told = self._tune_block(layer, block, hidden, wanted, text)
+                    told = self._tune_block(layer, block, hidden, wanted[trained])
                     self._work.save_block(layer, block_tensors(layer, block.result()), told, "tuned")
                 self._advance(block, hidden)
             self._progress(Event("tuning blocks", layer + 1, layers, told))
@@ -115,19 +116,25 @@ class Tuning:
         ends = [finish(self._config, tables, window.to(self._device)).cpu() for window in wanted]
         return to_float16("of final hidden states", torch.stack(ends))
 
-    def _tune_block(self, layer: int, block: TunedBlock, hidden: Tensor, wanted: Tensor, text: TuningText) -> str:
-        """Train one block; return its held-out error before and after, to be shown."""
+    def _trained_windows(self, text: TuningText) -> list[int]:
+        """Return the windows that blocks are tuned on, and the held-out ones behind them; none without block steps."""
+        steps = self._effort.block_steps
+        return [*range(min(text.training, steps)), *text.held_out] if steps else []
+
+    def _tune_block(self, layer: int, block: TunedBlock, hidden: Tensor, wanted: Tensor) -> str:
+        """Train one block to turn `hidden` into `wanted`; return its held-out error before and after, to be shown."""
         loss = self._block_loss(layer)
+        training = len(hidden) - HELD_OUT
 
         def judge() -> float:
             errors = 0.0
-            for i in text.held_out:
-                window = slice(i, i + 1)
-                errors += float(loss(block.forward(hidden[window].to(self._device)), wanted[window].to(self._device)))
-            return errors / len(text.held_out)
+            for i in range(training, len(hidden)):
+                output = block.forward(hidden[i : i + 1].to(self._device))
+                errors += float(loss(output, wanted[i : i + 1].to(self._device)))
+            return errors / HELD_OUT
 
         before = judge()
-        order = self._order(text.training, self._effort.block_steps, layer)
+        order = self._order(training, self._effort.block_steps, layer)
         tune_block(block, loss, hidden, wanted, BLOCK_RATES, order)
         return f"error {before:.4f} -> {judge():.4f}"
 
@@ -177,12 +184,11 @@ class Tuning:
                 out[name] = value.to(self._device)
         return out
 
-    def _first_inputs(self, text: TuningText, *, stored: bool) -> Tensor:
-        """Return the first block's input for every window, float32 [windows, seqlen, hidden] on the CPU."""
+    def _first_inputs(self, text: TuningText, *, stored: bool) -> "_FirstInputs":
+        """Return the first block's inputs, from the tables as the file holds them or in (nearly) full precision."""
         table = EmbeddingTable(self._source, "embed", self._quantization.embedding_bits if stored else 16)
-        rows = table.lookup(torch.from_numpy(text.tokens))
         tables = {name: value.cpu() for name, value in self._tables(stored=stored).items()}
-        return embed(self._config, tables, rows).contiguous()
+        return _FirstInputs(self._config, table, tables, text)
 
     def _head(self, *, stored: bool) -> Tensor:
         """Return the output head float32 [vocab, embedding_size]."""
@@ -209,7 +215,7 @@ class Tuning:
         heads = self._head(stored=True), self._head(stored=False)
 
         def distance(window: int) -> tuple[float, Tensor, Tensor]:
-            hidden = model.hidden(inputs[window : window + 1].to(self._device))[0]
+            hidden = model.hidden(inputs[window].to(self._device))[0]
             goal = torch.from_numpy(wanted[window]).to(self._device)
             return (*logit_distance(hidden.detach(), goal, *heads), hidden)
 
@@ -238,3 +244,27 @@ class Tuning:
             if trainer.step % _SAVE_EVERY == 0 and trainer.step < steps:
                 self._work.save_training(trainer.state(), {"step": trainer.step, "before": before})
         return model, {"kl_before": before, "kl_after": judge()}
+
+
+class _FirstInputs:
+    """What the first block reads, window by window, on the CPU: only the embeddings that occur are kept."""
+
+    def __init__(
+        self, config: ModelConfig, table: EmbeddingTable, tables: Mapping[str, Tensor], text: TuningText
+    ) -> None:
+        self._config = config
+        self._tables = tables
+        occurring, self._where = torch.unique(torch.from_numpy(text.tokens), return_inverse=True)
+        self._rows = table.lookup(occurring)
+
+    def __getitem__(self, window: int) -> Tensor:
+        """Return float32 [1, seqlen, hidden]."""
+        return embed(self._config, self._tables, self._rows[self._where[window]][None])
+
+    def all(self) -> Tensor:
+        """Return every window's, float32 [windows, seqlen, hidden]."""
+        first = self[0]
+        out = first.new_empty(len(self._where), *first.shape[1:])
+        for window, place in enumerate(out):
+            place.copy_(self[window][0])
+        return out

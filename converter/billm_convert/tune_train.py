@@ -86,7 +86,7 @@ class Trainer:
             with torch.no_grad():
                 parameter.copy_(state[f"{index}.value"])
             self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=parameter.device),
                 **{name: state[f"{index}.{name}"].to(parameter) for name in ("exp_avg", "exp_avg_sq")},
             }
 
