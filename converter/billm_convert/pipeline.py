@@ -132,8 +132,7 @@ class Conversion:
         resources.check_memory(self.memory, self.device)
         training = 0
         if self.settings.recipe == TUNED:
-            windows = EFFORTS[self.settings.effort].windows
-            plan = resources.tuning_memory(self.config, windows, self._tuning_seqlen())
+            plan = resources.tuning_memory(self.config, EFFORTS[self.settings.effort], self._tuning_seqlen())
             resources.check_tuning_memory(plan, self.device)
             training = resources.tuning_disk(plan)
         resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes(), training)

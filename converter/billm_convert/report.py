@@ -149,11 +149,13 @@ def print_result(report: ConvertReport, *, table: bool) -> None:
 
 def tuning_line(tuning: Mapping[str, Any]) -> str:
     """Return what training came to."""
-    return (
-        f"tuned for {tuning['block_steps']} steps a block and {tuning['model_steps']} steps of the whole model "
-        f"({tuning['seqlen']:,} tokens each): held-out KL to full precision {tuning['kl_before']:.3f} -> "
-        f"{tuning['kl_after']:.3f}"
-    )
+    line = f"tuned for {tuning['block_steps']} steps a block and {tuning['model_steps']} of the whole model"
+    if "kl_after" in tuning:
+        line += f": held-out KL to full precision {tuning['kl_before']:.3f} -> {tuning['kl_after']:.3f}"
+    elif tuning["block_errors"]:
+        before, after = (_mean(errors[i] for errors in tuning["block_errors"]) for i in (0, 1))
+        line += f": mean held-out error of a block {before:.4f} -> {after:.4f}"
+    return line
 
 
 def memory_line(report: ConvertReport) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from billm_convert.settings import Effort
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import all_tensors, layer_tensors
@@ -59,21 +60,25 @@ def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int) -> dict[str
     }
 
 
-def tuning_memory(config: ModelConfig, windows: int, seqlen: int) -> dict[str, int]:
-    """Return the bytes that training the whole model takes, by kind, on `windows` windows of `seqlen` tokens."""
-    weights = config.num_hidden_layers * sum(rows * cols for rows, cols, _ in config.linears().values())
+def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int) -> dict[str, int]:
+    """Return the bytes that training takes, by kind, on windows of `seqlen` tokens."""
+    whole = effort.model_steps > 0
+    layers = config.num_hidden_layers if whole else 1
+    weights = sum(rows * cols for rows, cols, _ in config.linears().values())
     kept = 16 * config.hidden_size + 8 * config.intermediate_size  # values of a token in a block, for the gradient
+    of_blocks = min(effort.windows, effort.block_steps)
     return {
-        "weights": 4 * 4 * weights,  # latent, gradient, two moments
-        "activations": 4 * seqlen * config.num_hidden_layers * kept,
-        "heads": 2 * 4 * config.vocab_size * config.embedding_size,
-        "hidden_states": (4 + 2) * windows * seqlen * config.hidden_size,  # at work, and what is kept of the last
+        "weights": 4 * 4 * layers * weights,  # latent, gradient, two moments
+        "activations": 4 * seqlen * layers * kept,
+        "heads": 2 * 4 * config.vocab_size * config.embedding_size * whole,
+        # Of full precision, and a copy in 16 bits of its last; those that tuned blocks read, and their targets.
+        "hidden_states": (6 * effort.windows + 8 * of_blocks) * seqlen * config.hidden_size,
     }
 
 
 def check_tuning_memory(plan: dict[str, int], device: torch.device) -> None:
     """Raise DoesNotFitError, with the sum, when the plan of `tuning_memory` exceeds the memory that is free."""
-    advice = "training holds the whole model; the other recipes hold one block"
+    advice = "give --effort blocks, which trains one block at a time, or another recipe"
     if device.type == "cpu":
         _compare_memory(plan, psutil.virtual_memory().available, "memory", advice)
         return
@@ -106,7 +111,7 @@ def _compare_memory(parts: dict[str, int], free: int, what: str, advice: str) ->
 def tuning_disk(plan: dict[str, int]) -> int:
     """Return the bytes on disk that training by the plan of `tuning_memory` takes: its state twice, and the text."""
     state = plan["weights"] * 3 // 4  # latents and their moments; a new state is written beside the old one
-    return 2 * state + plan["hidden_states"] // 3
+    return 2 * state + plan["hidden_states"]
 
 
 def check_disk(out: Path, config: ModelConfig, quantization: Quantization, there: int, training: int = 0) -> None:

@@ -28,6 +28,7 @@ class Effort:
 
 TUNING_TOKENS = 512
 EFFORTS = {
+    "blocks": Effort(windows=160, block_steps=160, model_steps=0),  # one block in memory at a time
     "fast": Effort(windows=150, block_steps=0, model_steps=150),
     "normal": Effort(windows=800, block_steps=0, model_steps=800),
     "max": Effort(windows=1600, block_steps=0, model_steps=3200),

@@ -1,7 +1,7 @@
 """The recipe "tuned": what a solver found, trained on some hundred windows of text towards the full-precision model."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,16 +66,30 @@ class Tuning:
             stored = {"tokens": text.tokens, "ends": self._run_blocks(text)}
             self._work.save_tuning_text(stored)
         text = TuningText(stored["tokens"])
-        model, distances = self._run_model(text, stored["ends"])
         record = {
-            **{name: value for name, value in vars(self._effort).items() if name != "windows"},
+            "block_steps": self._effort.block_steps,
+            "model_steps": self._effort.model_steps,
             **text.describe(),
-            **distances,
+            "block_errors": [self._work.block_record(i, "tuned") for i in range(self._work.finished_blocks("tuned"))],
         }
-        for layer, block in enumerate(model.blocks):
-            self._work.save_block(layer, block_tensors(layer, block.result()), None, "final")
-        self._work.save_block(layers, model.final_norm(), record, "final")
+        final_norm: dict[str, NDArray[np.float32]] = {}
+        if self._effort.model_steps:
+            model, distances = self._run_model(text, stored["ends"])
+            record |= distances
+            final_norm = model.final_norm()
+            blocks: Iterable[BlockStart] = (block.result() for block in model.blocks)
+        else:
+            blocks = self._blocks()
+        for layer, block in enumerate(blocks):
+            self._work.save_block(layer, block_tensors(layer, block), None, "final")
+        self._work.save_block(layers, final_norm, record, "final")
         return record
+
+    def _blocks(self) -> Iterator[BlockStart]:
+        """Yield the blocks as the whole model's training finds them."""
+        kind: Kind = "tuned" if self._effort.block_steps else "block"
+        for layer in range(self._config.num_hidden_layers):
+            yield self._load(layer, kind)
 
     def _load(self, layer: int, kind: Kind) -> BlockStart:
         names = self._work.block_names(layer, kind)
@@ -108,8 +122,9 @@ class Tuning:
                 start = self._load(layer, "tuned" if layer < finished else "block")
                 block = TunedBlock(self._config, start, self._rotary(text), self._device)
                 if layer >= finished:
-                    told = self._tune_block(layer, block, hidden, wanted[trained])
-                    self._work.save_block(layer, block_tensors(layer, block.result()), told, "tuned")
+                    errors = self._tune_block(layer, block, hidden, wanted[trained])
+                    self._work.save_block(layer, block_tensors(layer, block.result()), errors, "tuned")
+                    told = f"error {errors[0]:.4f} -> {errors[1]:.4f}"
                 self._advance(block, hidden)
             self._progress(Event("tuning blocks", layer + 1, layers, told))
         tables = self._tables(stored=False)
@@ -121,8 +136,8 @@ class Tuning:
         steps = self._effort.block_steps
         return [*range(min(text.training, steps)), *text.held_out] if steps else []
 
-    def _tune_block(self, layer: int, block: TunedBlock, hidden: Tensor, wanted: Tensor) -> str:
-        """Train one block to turn `hidden` into `wanted`; return its held-out error before and after, to be shown."""
+    def _tune_block(self, layer: int, block: TunedBlock, hidden: Tensor, wanted: Tensor) -> list[float]:
+        """Train one block to turn `hidden` into `wanted`; return its held-out error before and after."""
         loss = self._block_loss(layer)
         training = len(hidden) - HELD_OUT
 
@@ -136,7 +151,7 @@ class Tuning:
         before = judge()
         order = self._order(training, self._effort.block_steps, layer)
         tune_block(block, loss, hidden, wanted, BLOCK_RATES, order)
-        return f"error {before:.4f} -> {judge():.4f}"
+        return [before, judge()]
 
     def _block_loss(self, layer: int) -> BlockLoss:
         """Return the loss that sees block `layer`'s output as the norm behind it does."""
@@ -208,9 +223,7 @@ class Tuning:
 
         The state is saved every few steps, and taken up where it was saved last.
         """
-        kind: Kind = "tuned" if self._effort.block_steps else "block"
-        starts = (self._load(layer, kind) for layer in range(self._config.num_hidden_layers))
-        model = TunedModel(self._config, starts, self._tables(stored=True), self._rotary(text), self._device)
+        model = TunedModel(self._config, self._blocks(), self._tables(stored=True), self._rotary(text), self._device)
         inputs = self._first_inputs(text, stored=True)
         heads = self._head(stored=True), self._head(stored=False)
 

@@ -4,12 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from convert.hf_models import FAMILIES, save_model, write_text
 
 from billm_convert import ConvertSettings, Event, convert, settings
 from billm_convert.cli import main
+from billm_convert.report import tuning_line
 from billm_convert.settings import Effort
+from billm_convert.tune_block import TunedBlock, block_start, block_tensors
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import all_tensors
 from billm_format.reader import BillmFile
@@ -35,7 +39,7 @@ def small(
 def test_tuning_brings_every_family_nearer_to_full_precision(
     family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=16, block_steps=6, model_steps=40))
+    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=16, block_steps=6, model_steps=60))
     report = convert(tmp_path / "model", tmp_path / "out.billm", options)
     assert report.tuning is not None
     before, after = report.tuning["kl_before"], report.tuning["kl_after"]
@@ -49,12 +53,34 @@ def test_tuning_brings_every_family_nearer_to_full_precision(
         assert file.conversion["tuning"] == report.tuning
 
 
-def test_no_steps_change_nothing(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = small(tmp_path, "opt-350m", seed, monkeypatch, Effort(windows=2, block_steps=0, model_steps=0))
+@pytest.mark.parametrize("family", ["opt-350m", "qwen3", "llama-biased"])
+def test_begins_at_the_start_to_the_byte(
+    family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without steps the result is what the solver found, whether or not it goes through a model in training."""
+    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=2, block_steps=0, model_steps=0))
     convert(tmp_path / "model", tmp_path / "tuned.billm", options)
     convert(tmp_path / "model", tmp_path / "start.billm", dataclasses.replace(options, recipe="paper"))
     with BillmFile.open(tmp_path / "tuned.billm") as tuned, BillmFile.open(tmp_path / "start.billm") as start:
         assert tuned.checksums == start.checksums
+        config, names = start.config, [name for name in start.tensors if name.startswith("layers.0.")]
+        tensors = {name: start.array(name) for name in names}
+        first = block_start(config, start.quantization, 0, tensors)
+        trained = block_tensors(0, TunedBlock(config, first, None, torch.device("cpu")).result())
+        assert {name: value.tobytes() for name, value in trained.items()} == {
+            name: value.tobytes() for name, value in tensors.items()
+        }
+
+
+def test_blocks_alone_are_trained_one_at_a_time(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=12, block_steps=60, model_steps=0))
+    report = convert(tmp_path / "model", tmp_path / "out.billm", options)
+    assert report.tuning is not None
+    before, after = np.mean(report.tuning["block_errors"], axis=0)
+    print(f"{before:.4f} -> {after:.4f}")
+    assert after < 0.95 * before
+    assert "kl_after" not in report.tuning
+    assert f"a block {before:.4f} -> {after:.4f}" in tuning_line(report.tuning)
 
 
 @pytest.mark.parametrize("family", ["llama-biased", "opt"])
@@ -89,12 +115,12 @@ def test_too_little_memory_is_refused_before_the_work_begins(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=10**8, block_steps=0, model_steps=1))
-    with pytest.raises(DoesNotFitError, match=r"weights [\d.]+ \+ activations .*the other recipes hold one block"):
+    with pytest.raises(DoesNotFitError, match=r"weights [\d.]+ \+ activations .*give --effort blocks"):
         convert(tmp_path / "model", tmp_path / "out.billm", options)
 
 
 def test_an_unknown_effort_is_refused() -> None:
-    with pytest.raises(UsageError, match="--effort: wanted one of fast, normal, max, found 'huge'"):
+    with pytest.raises(UsageError, match="--effort: wanted one of blocks, fast, normal, max, found 'huge'"):
         ConvertSettings(effort="huge")
 
 
@@ -106,7 +132,7 @@ def test_the_command_shows_progress_and_the_outcome(
     argv += ["--calib", str(options.calib), "--nsamples", "3", "--seqlen", "24", "--block-size", "32"]
     assert main(argv) == 0
     shown = capsys.readouterr()
-    assert "tuned for 2 steps a block and 20 steps of the whole model (24 tokens each): held-out KL" in shown.out
+    assert "tuned for 2 steps a block and 20 of the whole model: held-out KL" in shown.out
     assert shown.err.count("tuning blocks: error ") == 2
     assert shown.err.count("tuning the model: KL ") == 2
     assert " left" in shown.err
