@@ -11,6 +11,7 @@ from typing import Any
 from billm_convert.settings import (
     CPU_CALIBRATION,
     DAMP,
+    EFFORTS,
     GPU_CALIBRATION,
     RECIPES,
     CheckReport,
@@ -47,6 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     default = ConvertSettings()
     how = parser.add_argument_group("binarization")
     how.add_argument("--recipe", choices=RECIPES, default=default.recipe, help="how to fit (default: %(default)s)")
+    how.add_argument(
+        "--effort",
+        choices=tuple(EFFORTS),
+        default=default.effort,
+        help="how long the recipe tuned trains (default: %(default)s)",
+    )
     how.add_argument(
         "--block-size",
         type=int,

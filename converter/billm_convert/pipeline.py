@@ -21,8 +21,11 @@ from billm_convert.recipes import choose_recipe
 from billm_convert.settings import (
     COL_SCALED,
     CPU_CALIBRATION,
+    EFFORTS,
     GPU_CALIBRATION,
     SELF,
+    TUNED,
+    TUNING_TOKENS,
     CheckReport,
     ConvertReport,
     ConvertSettings,
@@ -32,7 +35,9 @@ from billm_convert.settings import (
 )
 from billm_convert.source import ModelSource, open_model
 from billm_convert.tokenizer import TokenizerFiles
-from billm_convert.workdir import WorkFolder
+from billm_convert.tune import Tuning
+from billm_convert.tune_text import HELD_OUT, TuningText, draw_text
+from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import UsageError
 from billm_format.layout import CHAT_TEMPLATE, TOKENIZER
@@ -125,14 +130,25 @@ class Conversion:
             resumed = self._begin(work, state)
             if resumed is None:
                 return self._already_done(started)
-            resources.check_memory(self.memory, self.device)
-            resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes())
+            self._check_room(work)
             tokens = self._tokens(work)
             self._run_blocks(work, tokens, resumed)
             record = {**self.record(), "calibration": describe(self.text, tokens, self.settings.seed)}
+            if self.settings.recipe == TUNED:
+                record["tuning"] = self._tune(work)
             size = self._assemble(work, record)
             work.remove()
         return self._report(started, record, size, resumed)
+
+    def _check_room(self, work: WorkFolder) -> None:
+        """Raise DoesNotFitError for too little memory or disk, before hours of work rather than after."""
+        resources.check_memory(self.memory, self.device)
+        training = 0
+        if self.settings.recipe == TUNED:
+            plan = resources.tuning_memory(self.config, EFFORTS[self.settings.effort], self._tuning_seqlen())
+            resources.check_tuning_memory(plan, self.device)
+            training = resources.tuning_disk(plan)
+        resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes(), training)
 
     # --- beginning and resuming ------------------------------------------------------------------------------------
 
@@ -189,6 +205,7 @@ class Conversion:
             "seqlen": self.seqlen,
             "seed": settings.seed,
             "embedding_bits": settings.embedding_bits,
+            **({"effort": settings.effort} if settings.recipe == TUNED else {}),
         }
 
     def record(self) -> dict[str, Any]:
@@ -209,19 +226,23 @@ class Conversion:
         if tokens is not None:
             return tokens
         if self.text.choice == SELF:
-            from billm_convert.sampling import sample_windows
-
-            def told(done: int, total: int) -> None:
-                self._progress(Event("sampling", done, total))
-
-            seed = self.settings.seed
-            tokens = sample_windows(self.source, self.nsamples, self.seqlen, seed, self.device, told).numpy()
+            tokens = self._sample(self.nsamples, self.seqlen, self.settings.seed)
         else:
             tokenizer = self.tokenizer.load(self.config)
             tokens = draw_windows(self.text, tokenizer, self.nsamples, self.seqlen, self.settings.seed)
         if int(tokens.max()) >= self.config.vocab_size:
             raise UsageError(f"the tokenizer gives token {tokens.max()}, the model knows {self.config.vocab_size} only")
         work.save_tokens(tokens)
+        return tokens
+
+    def _sample(self, windows: int, seqlen: int, seed: int) -> NDArray[np.int64]:
+        """Let the full-precision model write int64 [windows, seqlen]."""
+        from billm_convert.sampling import sample_windows
+
+        def told(done: int, total: int) -> None:
+            self._progress(Event("sampling", done, total))
+
+        tokens: NDArray[np.int64] = sample_windows(self.source, windows, seqlen, seed, self.device, told).numpy()
         return tokens
 
     @torch.inference_mode()
@@ -322,6 +343,24 @@ class Conversion:
     def _step(self, layer: int, share: float, linears: tuple[LinearReport, ...] = ()) -> None:
         self._progress(Event("blocks", layer + share, self.config.num_hidden_layers, linears=linears))
 
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def _tune(self, work: WorkFolder) -> dict[str, Any]:
+        """Train what the solver found; return what the record says of it."""
+        tuning = Tuning(self.source, self.quantization, self.settings, self.device, work, self._progress)
+        return tuning.run(self._tuning_text)
+
+    def _tuning_text(self, windows: int) -> TuningText:
+        """Draw the text to train on from where the calibration's came from."""
+        seqlen = self._tuning_seqlen()
+        seed = self.settings.seed + 1  # the calibration's windows again would teach less
+        if self.text.choice == SELF:
+            return TuningText(self._sample(windows + HELD_OUT, seqlen, seed))
+        return draw_text(self.text, self.tokenizer.load(self.config), windows, seqlen, seed)
+
+    def _tuning_seqlen(self) -> int:
+        return min(TUNING_TOKENS, self.seqlen)
+
     # --- the file ----------------------------------------------------------------------------------------------------
 
     def _assemble(self, work: WorkFolder, record: dict[str, Any]) -> int:
@@ -329,8 +368,13 @@ class Conversion:
         tensors: dict[str, Source] = {TOKENIZER: self.tokenizer.tokenizer_json}
         if self.tokenizer.chat_template is not None:
             tensors[CHAT_TEMPLATE] = self.tokenizer.chat_template.encode()
+        kind: Kind = "final" if self.settings.recipe == TUNED else "block"
+        finished = range(work.finished_blocks(kind))
+        of_blocks = {
+            name: partial(work.block_tensor, i, name, kind) for i in finished for name in work.block_names(i, kind)
+        }
         for name in self.source.names():
-            if name.startswith("layers."):
+            if name.startswith("layers.") or name in of_blocks:
                 continue
             if name in ("embed.weight", "head.weight"):
                 table = EmbeddingTable(self.source, name.removesuffix(".weight"), self.settings.embedding_bits)
@@ -341,15 +385,13 @@ class Conversion:
                 tensors[name] = partial(self._float16, name)
             else:
                 tensors[name] = partial(self._float32, name)
-        for layer in range(self.config.num_hidden_layers):
-            tensors |= {name: partial(work.block_tensor, layer, name) for name in work.block_names(layer)}
         return write_file(
             self.out,
             config=self.config,
             quantization=self.quantization,
             tokenizer_info=self.tokenizer.info,
             conversion=record,
-            tensors=tensors,
+            tensors={**tensors, **of_blocks},
             progress=lambda done, total: self._progress(Event("writing", done, total)),
         )
 
@@ -397,6 +439,7 @@ class Conversion:
             memory=self.memory,
             resumed_blocks=resumed,
             check=check,
+            tuning=record.get("tuning"),
         )
 
     def _already_done(self, started: float) -> ConvertReport:

@@ -16,7 +16,7 @@ Recipe = Callable[[Sequence[Tensor], Tensor], list[SolvedLinear]]
 def choose_recipe(settings: ConvertSettings) -> Recipe:
     """Return the recipe that `settings` name, with their numbers."""
     fewest = min(3, settings.max_salient)
-    if settings.recipe == "refined":
+    if settings.recipe != "paper":  # "tuned" begins with it
         refined = RefinedSettings(settings.block_size, fewest, settings.max_salient, settings.dampening)
         return lambda weights, hessian: solve_refined(weights, hessian, refined)
     paper = PaperSettings(

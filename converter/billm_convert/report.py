@@ -3,8 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -12,7 +13,14 @@ from rich.table import Table
 
 from billm_convert.settings import CheckReport, ConvertReport, Event, LinearReport
 
-_LABELS = {"sampling": "sampling text", "blocks": "binarizing", "writing": "writing", "checking": "checking"}
+_LABELS = {
+    "sampling": "sampling text",
+    "blocks": "binarizing",
+    "tuning blocks": "tuning blocks",
+    "tuning model": "tuning the model",
+    "writing": "writing",
+    "checking": "checking",
+}
 _LEAST_SHARE = 0.01  # of the work, before its speed says anything about the rest
 
 
@@ -65,9 +73,13 @@ class Display:
             counts = (
                 f"block {min(int(event.done) + 1, int(event.total))}/{int(event.total)}, "
                 if event.stage == "blocks"
+                else f"{event.text}, "
+                if event.text
                 else ""
             )
             self._bar.update(self._bar.task_ids[-1], completed=event.done, text=f"{counts}{left}")
+        elif event.text:
+            self._console.print(f"{_LABELS[event.stage]}: {event.text}, {left}", markup=False)
         elif event.linears:
             self._console.print(block_line(event.linears, int(event.total), left), markup=False)
 
@@ -126,6 +138,8 @@ def print_result(report: ConvertReport, *, table: bool) -> None:
     console.print(
         f"relative output error {geometric_mean(report.layers):.4f} (geometric mean of {len(report.layers)} Linears)"
     )
+    if report.tuning:
+        console.print(tuning_line(report.tuning), markup=False)
     if report.check:
         console.print(check_text(report.check), markup=False)
     if not table:
@@ -143,6 +157,17 @@ def check_text(check: CheckReport) -> str:
         f"({check.text}, {check.windows} windows of {check.seqlen:,} tokens)"
     )
     return f"{found}\n{check.advice}" if check.advice else found
+
+
+def tuning_line(tuning: Mapping[str, Any]) -> str:
+    """Return what training came to."""
+    line = f"tuned for {tuning['block_steps']} steps a block and {tuning['model_steps']} of the whole model"
+    if "kl_after" in tuning:
+        line += f": held-out KL to full precision {tuning['kl_before']:.3f} -> {tuning['kl_after']:.3f}"
+    elif tuning["block_errors"]:
+        before, after = (_mean(errors[i] for errors in tuning["block_errors"]) for i in (0, 1))
+        line += f": mean held-out error of a block {before:.4f} -> {after:.4f}"
+    return line
 
 
 def memory_line(report: ConvertReport) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from billm_convert.settings import Effort
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import all_tensors, layer_tensors
@@ -59,40 +60,76 @@ def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int) -> dict[str
     }
 
 
+def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int) -> dict[str, int]:
+    """Return the bytes that training takes, by kind, on windows of `seqlen` tokens."""
+    whole = effort.model_steps > 0
+    layers = config.num_hidden_layers if whole else 1
+    weights = sum(rows * cols for rows, cols, _ in config.linears().values())
+    kept = 16 * config.hidden_size + 8 * config.intermediate_size  # values of a token in a block, for the gradient
+    of_blocks = min(effort.windows, effort.block_steps)
+    return {
+        "weights": 4 * 4 * layers * weights,  # latent, gradient, two moments
+        "activations": 4 * seqlen * layers * kept,
+        "heads": 2 * 4 * config.vocab_size * config.embedding_size * whole,
+        # Of full precision, and a copy in 16 bits of its last; those that tuned blocks read, and their targets.
+        "hidden_states": (6 * effort.windows + 8 * of_blocks) * seqlen * config.hidden_size,
+    }
+
+
+def check_tuning_memory(plan: dict[str, int], device: torch.device) -> None:
+    """Raise DoesNotFitError, with the sum, when the plan of `tuning_memory` exceeds the memory that is free."""
+    advice = "give --effort blocks, which trains one block at a time, or another recipe"
+    if device.type == "cpu":
+        _compare_memory(plan, psutil.virtual_memory().available, "memory", advice)
+        return
+    on_host = {"hidden_states": plan["hidden_states"]}
+    _compare_memory(on_host, psutil.virtual_memory().available, "memory", advice)
+    on_device = {key: value for key, value in plan.items() if key not in on_host}
+    _compare_memory(on_device, torch.cuda.mem_get_info(device)[0], "memory on the device", advice)
+
+
 def check_memory(plan: dict[str, int], device: torch.device) -> None:
     """Raise DoesNotFitError, with the sum, when the plan exceeds the memory that is free."""
     on_host = dict(plan) if device.type == "cpu" else {"hidden_states": plan["hidden_states"]}
     free = psutil.virtual_memory().available
-    _compare_memory(on_host, free, "memory")
+    advice = "give a smaller --nsamples or --seqlen"
+    _compare_memory(on_host, free, "memory", advice)
     if device.type == "cuda":
         on_device = {key: value for key, value in plan.items() if key != "hidden_states"}
-        _compare_memory(on_device, torch.cuda.mem_get_info(device)[0], "memory on the device")
+        _compare_memory(on_device, torch.cuda.mem_get_info(device)[0], "memory on the device", advice)
 
 
-def _compare_memory(parts: dict[str, int], free: int, what: str) -> None:
+def _compare_memory(parts: dict[str, int], free: int, what: str, advice: str) -> None:
     need = sum(parts.values())
     if need > free:
         terms = " + ".join(f"{key.replace('_', ' ')} {value / 1e9:.2f}" for key, value in parts.items())
         raise DoesNotFitError(
-            f"the conversion needs {need / 1e9:.2f} GB of {what} ({terms}), {free / 1e9:.2f} GB are free: "
-            "give a smaller --nsamples or --seqlen"
+            f"the conversion needs {need / 1e9:.2f} GB of {what} ({terms}), {free / 1e9:.2f} GB are free: {advice}"
         )
 
 
-def check_disk(out: Path, config: ModelConfig, quantization: Quantization, there: int) -> None:
-    """Raise DoesNotFitError unless the finished blocks and the file both fit; `there` bytes of blocks exist."""
+def tuning_disk(plan: dict[str, int]) -> int:
+    """Return the bytes on disk that training by the plan of `tuning_memory` takes: its state twice, and the text."""
+    state = plan["weights"] * 3 // 4  # latents and their moments; a new state is written beside the old one
+    return 2 * state + plan["hidden_states"]
+
+
+def check_disk(out: Path, config: ModelConfig, quantization: Quantization, there: int, training: int = 0) -> None:
+    """Raise DoesNotFitError unless finished blocks, file and `training` bytes fit; `there` bytes of blocks exist."""
     blocks = sum(
         spec.nbytes for layer in range(config.num_hidden_layers) for spec in layer_tensors(config, quantization, layer)
     )
     sized = [spec for spec in all_tensors(config, quantization) if -1 not in spec.shape]
     file = sum(spec.nbytes for spec in sized) + _TEXTS_BYTES
-    need = max(0, blocks - there) + file
+    if training:
+        training += 2 * blocks  # either training leaves a set of its own
+    need = max(0, blocks - there) + file + training
     free = shutil.disk_usage(out.parent).free
     if need > free:
         raise DoesNotFitError(
             f"{out.parent}: the conversion needs {need / 1e6:,.0f} MB of disk (finished blocks {blocks / 1e6:,.0f}, of "
-            f"which {there / 1e6:,.0f} are there, and the file {file / 1e6:,.0f}), {free / 1e6:,.0f} MB are free: make "
-            "room or write elsewhere"
+            f"which {there / 1e6:,.0f} are there, the file {file / 1e6:,.0f}, training {training / 1e6:,.0f}), "
+            f"{free / 1e6:,.0f} MB are free: make room or write elsewhere"
         )
 
 

@@ -9,9 +9,10 @@ from billm_format.command import finite
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
 
-RECIPES = ("paper", "refined")
-COL_SCALED = ("refined",)  # recipes whose Linears have a scale per column
-DAMP = {"paper": 0.01, "refined": 0.05}
+TUNED = "tuned"  # trains what "refined" found
+RECIPES = ("paper", "refined", TUNED)
+COL_SCALED = ("refined", TUNED)  # recipes whose Linears have a scale per column
+DAMP = {"paper": 0.01, "refined": 0.05, TUNED: 0.05}
 SELF = "self"  # --calib: text that the full-precision model writes itself
 
 # The paper's calibration, and what a CPU gets through in minutes: (windows, tokens in each).
@@ -20,10 +21,29 @@ CPU_CALIBRATION = (32, 1024)
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How long the recipe "tuned" trains. A step reads one window of text."""
+
+    windows: int  # of TUNING_TOKENS tokens
+    block_steps: int  # for each block, against the full-precision block
+    model_steps: int  # of the whole model, against the full-precision logits
+
+
+TUNING_TOKENS = 512
+EFFORTS = {
+    "blocks": Effort(windows=160, block_steps=160, model_steps=0),  # one block in memory at a time
+    "fast": Effort(windows=150, block_steps=0, model_steps=150),
+    "normal": Effort(windows=800, block_steps=0, model_steps=800),
+    "max": Effort(windows=1600, block_steps=0, model_steps=3200),
+}
+
+
+@dataclass(frozen=True)
 class ConvertSettings:
     """How to convert; None: chosen when the conversion starts, and said."""
 
     recipe: str = "paper"
+    effort: str = "normal"  # of the recipe "tuned": a key of EFFORTS
     block_size: int = 128
     max_salient: int = 30  # most salient columns in a block
     damp: float | None = None  # added to the Hessian's diagonal, as a share of its mean; None: the recipe's own
@@ -43,6 +63,8 @@ class ConvertSettings:
         """Raise UsageError, naming the option, for a value that cannot work."""
         if self.recipe not in RECIPES:
             raise UsageError(f"--recipe: wanted one of {', '.join(RECIPES)}, found {self.recipe!r}")
+        if self.effort not in EFFORTS:
+            raise UsageError(f"--effort: wanted one of {', '.join(EFFORTS)}, found {self.effort!r}")
         if self.block_size not in BLOCK_SIZES:
             raise UsageError(f"--block-size: wanted one of {', '.join(map(str, BLOCK_SIZES))}, found {self.block_size}")
         if not 0 <= self.max_salient <= self.block_size:
@@ -73,7 +95,7 @@ class ConvertSettings:
 
 @dataclass(frozen=True)
 class LinearReport:
-    """What one binarized Linear came to."""
+    """What one binarized Linear came to, before any training of it."""
 
     name: str  # "layers.3.q_proj"
     error: float  # tr(D H Dᵀ) / tr(W H Wᵀ): relative output error on the calibration text
@@ -92,7 +114,7 @@ class LinearReport:
 class Event:
     """One step of progress: `done` of `total`, fractions of a block included, or something to say."""
 
-    stage: Literal["note", "sampling", "blocks", "writing", "checking"]
+    stage: Literal["note", "sampling", "blocks", "tuning blocks", "tuning model", "writing", "checking"]
     done: float = 0.0
     total: float = 0.0
     text: str = ""
@@ -140,6 +162,7 @@ class ConvertReport:
     memory: dict[str, int]  # what the peak is made of, as computed
     resumed_blocks: int = 0
     check: CheckReport | None = None  # None: left out
+    tuning: dict[str, Any] | None = None  # None: the recipe does not train
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that `--json` prints."""

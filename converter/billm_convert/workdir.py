@@ -5,22 +5,31 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
 
 from billm_format.errors import DoesNotFitError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _STATE = "state.json"
 _LOCK = "lock"
 _TOKENS = "tokens.safetensors"
-_BLOCK = "block-{:05d}.safetensors"
-_OURS = ("block-*.safetensors", "block-*.safetensors.tmp", _TOKENS, f"{_TOKENS}.tmp", f"{_STATE}.tmp")
+_TEXT = "tuning-text.safetensors"
+_TRAINING = "training.safetensors"
+_BLOCK = "{}-{:05d}.safetensors"
+# block: as the solver left it; tuned: trained by itself; final: trained with the whole model (one more than there are
+# blocks: what belongs to none).
+Kind = Literal["block", "tuned", "final"]
+_SETS = tuple(f"{kind}-*.safetensors" for kind in get_args(Kind))
+_OURS = tuple(f"{name}{end}" for name in (*_SETS, _TOKENS, _TEXT, _TRAINING, _STATE) for end in ("", ".tmp"))
 
 
 class WorkFolder:
@@ -95,10 +104,10 @@ class WorkFolder:
             for file in self.path.glob(pattern):
                 file.unlink(missing_ok=True)
 
-    def finished_blocks(self) -> int:
+    def finished_blocks(self, kind: Kind = "block") -> int:
         """Return how many blocks, from the first on, are finished."""
         count = 0
-        while (self.path / _BLOCK.format(count)).exists():
+        while (self.path / _BLOCK.format(kind, count)).exists():
             count += 1
         return count
 
@@ -106,25 +115,59 @@ class WorkFolder:
         """Return the bytes that the finished blocks take on disk."""
         return sum(file.stat().st_size for file in self.path.glob("block-*.safetensors"))
 
-    def save_block(self, layer: int, tensors: Mapping[str, NDArray[Any]], record: object) -> None:
+    def save_block(self, layer: int, tensors: Mapping[str, NDArray[Any]], record: object, kind: Kind = "block") -> None:
         """Store a finished block: its tensors under their names in the final file, and a JSON record."""
-        self._write(_BLOCK.format(layer), save(dict(tensors), metadata={"record": json.dumps(record)}))
+        self._write(_BLOCK.format(kind, layer), save(dict(tensors), metadata={"record": json.dumps(record)}))
 
-    def block_record(self, layer: int) -> Any:
+    def block_record(self, layer: int, kind: Kind = "block") -> Any:
         """Return the JSON record of a finished block."""
-        with safe_open(self.path / _BLOCK.format(layer), framework="np") as file:
-            return json.loads(file.metadata()["record"])
+        return self._record(_BLOCK.format(kind, layer))
 
-    def block_names(self, layer: int) -> list[str]:
+    def block_names(self, layer: int, kind: Kind = "block") -> list[str]:
         """Return the names of a finished block's tensors."""
-        with safe_open(self.path / _BLOCK.format(layer), framework="np") as file:
+        with safe_open(self.path / _BLOCK.format(kind, layer), framework="np") as file:
             return list(file.keys())
 
-    def block_tensor(self, layer: int, name: str) -> NDArray[Any]:
+    def block_tensor(self, layer: int, name: str, kind: Kind = "block") -> NDArray[Any]:
         """Return one tensor of a finished block; only it is read."""
-        with safe_open(self.path / _BLOCK.format(layer), framework="np") as file:
+        with safe_open(self.path / _BLOCK.format(kind, layer), framework="np") as file:
             value: NDArray[Any] = file.get_tensor(name)
             return value
+
+    def save_tuning_text(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Store the windows of text that the model is tuned on, and what full precision makes of them."""
+        self._write(_TEXT, save(dict(tensors)))
+
+    def tuning_text(self) -> dict[str, NDArray[Any]] | None:
+        """Return what `save_tuning_text` stored, None if it has not been called."""
+        file = self.path / _TEXT
+        return load_file(file) if file.exists() else None
+
+    def save_training(self, tensors: "Mapping[str, Tensor]", record: object) -> None:
+        """Store the state of an unfinished training, in place of the one before."""
+        from safetensors.torch import save_file
+
+        size = sum(value.nbytes for value in tensors.values())
+        metadata = {"record": json.dumps(record)}
+
+        def write(path: Path) -> None:
+            try:
+                save_file(dict(tensors), path, metadata)
+            except SafetensorError as error:  # how it reports a disk that is full
+                raise OSError(errno.ENOSPC, str(error)) from error
+
+        self._write_with(_TRAINING, size, write)
+
+    def training(self) -> "tuple[dict[str, Tensor], Any] | None":
+        """Return the state and the record that were stored last, None if there are none."""
+        from safetensors.torch import load_file
+
+        file = self.path / _TRAINING
+        return (load_file(file), self._record(_TRAINING)) if file.exists() else None
+
+    def _record(self, name: str) -> Any:
+        with safe_open(self.path / name, framework="np") as file:
+            return json.loads(file.metadata()["record"])
 
     def save_tokens(self, tokens: NDArray[np.int64]) -> None:
         """Store the calibration windows."""
@@ -140,12 +183,15 @@ class WorkFolder:
 
     def _write(self, name: str, data: bytes) -> None:
         """Put `data` under its name in one step that survives a power cut."""
+        self._write_with(name, len(data), lambda path: path.write_bytes(data))
+
+    def _write_with(self, name: str, size: int, write: Callable[[Path], object]) -> None:
+        """Put a file of about `size` bytes, made by `write`, under its name in one step that survives a power cut."""
         temporary = self.path / f"{name}.tmp"
-        with self._explain_full_disk(len(data)):
+        with self._explain_full_disk(size):
             try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
+                write(temporary)
+                with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
             except OSError:
                 temporary.unlink(missing_ok=True)  # half of it would only fill the disk further

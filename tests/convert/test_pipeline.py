@@ -22,7 +22,7 @@ from convert.hf_models import FAMILIES, save_model, write_text
 from billm_convert import ConvertSettings, Event, convert, pipeline
 from billm_convert.block import DecoderBlock, Rotary
 from billm_convert.cli import main
-from billm_convert.settings import RECIPES
+from billm_convert.settings import RECIPES, TUNED
 from billm_convert.source import open_model
 from billm_convert.workdir import WorkFolder
 from billm_format.errors import DoesNotFitError, UsageError
@@ -59,16 +59,17 @@ def test_file_holds_the_model(family: str, recipe: str, tmp_path: Path, seed: in
             weight = stored.dequantize()
             assert weight.shape == original.shape
             error = float(((weight - original) ** 2).sum() / (original**2).sum())
-            assert error == pytest.approx(linear.weight_error, rel=1e-4)
+            if recipe != TUNED:  # whose report is of the Linears before their training
+                assert error == pytest.approx(linear.weight_error, rel=1e-4)
             assert error < 0.6
-            if stored.bias is not None:
+            if stored.bias is not None and recipe != TUNED:
                 np.testing.assert_array_equal(stored.bias, source.tensor(f"{linear.name}.bias").numpy())
         embedding = file.array("embed.weight") * file.array("embed.scale").astype(np.float32)[:, None]
         wanted = source.tensor("embed.weight").numpy()
         assert np.abs(embedding - wanted).max() <= np.abs(wanted).max() / 127
-        np.testing.assert_array_equal(
-            file.array("layers.1.attn_norm.weight"), source.tensor("layers.1.attn_norm.weight").numpy()
-        )
+        norm = source.tensor("layers.1.attn_norm.weight").numpy()
+        # Training moves the norms too.
+        assert np.array_equal(file.array("layers.1.attn_norm.weight"), norm) == (recipe != TUNED)
     assert not (tmp_path / "out.billm.work").exists()
     assert report.file_bytes == (tmp_path / "out.billm").stat().st_size
 

@@ -1,0 +1,283 @@
+"""The recipe "tuned": what a solver found, trained on some hundred windows of text towards the full-precision model."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from billm_convert.block import DecoderBlock, Rotary, embed, finish
+from billm_convert.embedding import EmbeddingTable, to_float16
+from billm_convert.settings import EFFORTS, ConvertSettings, Event, Progress
+from billm_convert.source import ModelSource
+from billm_convert.tune_block import BlockStart, Rates, TunedBlock, TunedModel, block_start, block_tensors
+from billm_convert.tune_text import HELD_OUT, TuningText
+from billm_convert.tune_train import BlockLoss, Trainer, logit_distance, quick_products, tune_block
+from billm_convert.workdir import Kind, WorkFolder
+from billm_format.config import ModelConfig, Quantization
+
+# Measured on SmolLM2-135M. A block alone has few steps and bears large ones: in 100 steps, latents at 0, 1, 4 and 12
+# bring block 14's held-out error from 0.256 to 0.190, 0.182, 0.166 and 0.173. The whole model does not: twice these
+# rates, or latents at 4, first drive its loss up.
+BLOCK_RATES = Rates(latents=4.0, codes=0.2, vectors=1e-3)
+MODEL_RATES = Rates(latents=1.0, codes=0.1, vectors=1e-3)
+
+_SAVE_EVERY = 50  # steps of the whole model between two savings of its state
+_TELL_EVERY = 10
+
+# number of windows to train on -> the text
+Draw = Callable[[int], TuningText]
+
+
+class Tuning:
+    """Both trainings of one model. What is finished lies in the work folder and is not done again."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        quantization: Quantization,
+        settings: ConvertSettings,
+        device: torch.device,
+        work: WorkFolder,
+        progress: Progress,
+    ) -> None:
+        """Start from the blocks that the solver has left in `work`."""
+        self._source = source
+        self._config = source.config
+        self._quantization = quantization
+        self._effort = EFFORTS[settings.effort]
+        self._seed = settings.seed
+        self._device = device
+        self._work = work
+        self._progress = progress
+
+    def run(self, draw: Draw) -> dict[str, Any]:
+        """Train what is not trained yet, leave the final blocks in the work folder, return what the record says."""
+        layers = self._config.num_hidden_layers
+        if self._work.finished_blocks("final") == layers + 1:
+            record: dict[str, Any] = self._work.block_record(layers, "final")
+            return record
+        stored = self._work.tuning_text()
+        if stored is None:
+            text = draw(self._effort.windows)
+            stored = {"tokens": text.tokens, "ends": self._run_blocks(text)}
+            self._work.save_tuning_text(stored)
+        text = TuningText(stored["tokens"])
+        record = {
+            "block_steps": self._effort.block_steps,
+            "model_steps": self._effort.model_steps,
+            **text.describe(),
+            "block_errors": [self._work.block_record(i, "tuned") for i in range(self._work.finished_blocks("tuned"))],
+        }
+        final_norm: dict[str, NDArray[np.float32]] = {}
+        if self._effort.model_steps:
+            model, distances = self._run_model(text, stored["ends"])
+            record |= distances
+            final_norm = model.final_norm()
+            blocks: Iterable[BlockStart] = (block.result() for block in model.blocks)
+        else:
+            blocks = self._blocks()
+        for layer, block in enumerate(blocks):
+            self._work.save_block(layer, block_tensors(layer, block), None, "final")
+        self._work.save_block(layers, final_norm, record, "final")
+        return record
+
+    def _blocks(self) -> Iterator[BlockStart]:
+        """Yield the blocks as the whole model's training finds them."""
+        kind: Kind = "tuned" if self._effort.block_steps else "block"
+        for layer in range(self._config.num_hidden_layers):
+            yield self._load(layer, kind)
+
+    def _load(self, layer: int, kind: Kind) -> BlockStart:
+        names = self._work.block_names(layer, kind)
+        return block_start(
+            self._config,
+            self._quantization,
+            layer,
+            {name: self._work.block_tensor(layer, name, kind) for name in names},
+        )
+
+    # --- block by block ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _run_blocks(self, text: TuningText) -> NDArray[np.float16]:
+        """Train block after block, each on what the tuned ones before it give.
+
+        Returns what full precision makes of the text, just before the head: float16 [windows, seqlen, embedding_size].
+        """
+        wanted = self._first_inputs(text, stored=False).all()
+        trained = self._trained_windows(text)
+        inputs = self._first_inputs(text, stored=True)
+        hidden = torch.cat([inputs[window] for window in trained]) if trained else None
+        layers = self._config.num_hidden_layers
+        finished = self._work.finished_blocks("tuned")
+        for layer in range(layers):
+            weights = {name: value.to(self._device) for name, value in self._source.layer(layer).items()}
+            self._advance(DecoderBlock(self._config, weights, self._rotary(text)), wanted)
+            told = ""
+            if hidden is not None:
+                start = self._load(layer, "tuned" if layer < finished else "block")
+                block = TunedBlock(self._config, start, self._rotary(text), self._device)
+                if layer >= finished:
+                    errors = self._tune_block(layer, block, hidden, wanted[trained])
+                    self._work.save_block(layer, block_tensors(layer, block.result()), errors, "tuned")
+                    told = f"error {errors[0]:.4f} -> {errors[1]:.4f}"
+                self._advance(block, hidden)
+            self._progress(Event("tuning blocks", layer + 1, layers, told))
+        tables = self._tables(stored=False)
+        ends = [finish(self._config, tables, window.to(self._device)).cpu() for window in wanted]
+        return to_float16("of final hidden states", torch.stack(ends))
+
+    def _trained_windows(self, text: TuningText) -> list[int]:
+        """Return the windows that blocks are tuned on, and the held-out ones behind them; none without block steps."""
+        steps = self._effort.block_steps
+        return [*range(min(text.training, steps)), *text.held_out] if steps else []
+
+    def _tune_block(self, layer: int, block: TunedBlock, hidden: Tensor, wanted: Tensor) -> list[float]:
+        """Train one block to turn `hidden` into `wanted`; return its held-out error before and after."""
+        loss = self._block_loss(layer)
+        training = len(hidden) - HELD_OUT
+
+        def judge() -> float:
+            errors = 0.0
+            for i in range(training, len(hidden)):
+                output = block.forward(hidden[i : i + 1].to(self._device))
+                errors += float(loss(output, wanted[i : i + 1].to(self._device)))
+            return errors / HELD_OUT
+
+        before = judge()
+        order = self._order(training, self._effort.block_steps, layer)
+        tune_block(block, loss, hidden, wanted, BLOCK_RATES, order)
+        return [before, judge()]
+
+    def _block_loss(self, layer: int) -> BlockLoss:
+        """Return the loss that sees block `layer`'s output as the norm behind it does."""
+        if layer + 1 < self._config.num_hidden_layers:
+            name, names = "attn_norm", {f"layers.{layer + 1}.attn_norm.{part}": part for part in ("weight", "bias")}
+        else:
+            name, names = "final_norm", {f"final_norm.{part}": part for part in ("weight", "bias")}
+        known = set(self._source.names())
+        norms = {
+            f"{name}.{part}": self._source.tensor(full).to(self._device)
+            for full, part in names.items()
+            if full in known
+        }
+        return BlockLoss(self._config, norms, name)
+
+    def _advance(self, block: DecoderBlock, hidden: Tensor) -> None:
+        for window in hidden:
+            window.copy_(block.forward(window[None].to(self._device))[0])
+
+    def _order(self, windows: int, steps: int, salt: int) -> list[int]:
+        """Return which window each step reads: all of them in a random order, then all in another."""
+        rng = random.Random(self._seed * 1_000_003 + salt)
+        order: list[int] = []
+        while len(order) < steps:
+            order += rng.sample(range(windows), windows)
+        return order[:steps]
+
+    # --- tables ------------------------------------------------------------------------------------------------------
+
+    def _rotary(self, text: TuningText) -> Rotary | None:
+        if self._config.position != "rope":
+            return None
+        return Rotary(
+            self._source.tensor("rope.inv_freq").to(self._device), self._config.rope_scale, text.tokens.shape[1]
+        )
+
+    def _tables(self, *, stored: bool) -> dict[str, Tensor]:
+        """Return what stands before and behind the blocks, embedding and head apart; `stored`: as in the file."""
+        out = {}
+        for name in self._source.names():
+            if name.startswith(("pos_embed.", "project_", "final_norm.")):
+                value = self._source.tensor(name)
+                if stored and not name.startswith("final_norm."):
+                    value = torch.from_numpy(to_float16(name, value).astype(np.float32))
+                out[name] = value.to(self._device)
+        return out
+
+    def _first_inputs(self, text: TuningText, *, stored: bool) -> "_FirstInputs":
+        """Return the first block's inputs, from the tables as the file holds them or in (nearly) full precision."""
+        table = EmbeddingTable(self._source, "embed", self._quantization.embedding_bits if stored else 16)
+        tables = {name: value.cpu() for name, value in self._tables(stored=stored).items()}
+        return _FirstInputs(self._config, table, tables, text)
+
+    def _head(self, *, stored: bool) -> Tensor:
+        """Return the output head float32 [vocab, embedding_size]."""
+        name = "embed" if self._config.tie_word_embeddings else "head"
+        if stored and self._quantization.embedding_bits == 8:
+            table = EmbeddingTable(self._source, name, 8)
+            value = torch.from_numpy(table.weight() * table.scale().astype(np.float32)[:, None])
+        else:
+            value = self._source.tensor(f"{name}.weight")
+            value = value.half().float() if stored else value
+        return value.to(self._device)
+
+    # --- the whole model ---------------------------------------------------------------------------------------------
+
+    def _run_model(self, text: TuningText, wanted: NDArray[np.float16]) -> tuple[TunedModel, dict[str, float]]:
+        """Train everything at once towards `wanted`, as `_run_blocks` returned it; return the model and its losses.
+
+        The state is saved every few steps, and taken up where it was saved last.
+        """
+        model = TunedModel(self._config, self._blocks(), self._tables(stored=True), self._rotary(text), self._device)
+        inputs = self._first_inputs(text, stored=True)
+        heads = self._head(stored=True), self._head(stored=False)
+
+        def distance(window: int) -> tuple[float, Tensor, Tensor]:
+            hidden = model.hidden(inputs[window].to(self._device))[0]
+            goal = torch.from_numpy(wanted[window]).to(self._device)
+            return (*logit_distance(hidden.detach(), goal, *heads), hidden)
+
+        def judge() -> float:
+            with torch.no_grad():
+                return sum(distance(window)[0] for window in text.held_out) / len(text.held_out)
+
+        steps = self._effort.model_steps
+        order = self._order(text.training, steps, -1)
+        trainer = Trainer(model.blocks, model.vectors(), MODEL_RATES, steps)
+        saved = self._work.training()
+        if saved is None:
+            before = judge()
+        else:
+            trainer.load(saved[0], saved[1]["step"])
+            before = saved[1]["before"]
+        losses: list[float] = []
+        while trainer.step < steps:
+            with quick_products():
+                loss, gradient, hidden = distance(order[trainer.step])
+                torch.autograd.backward(hidden, gradient)
+            trainer.update()
+            losses = [*losses, loss][-_TELL_EVERY:]
+            told = f"KL {sum(losses) / len(losses):.3f}" if trainer.step % _TELL_EVERY == 0 else ""
+            self._progress(Event("tuning model", trainer.step, steps, told))
+            if trainer.step % _SAVE_EVERY == 0 and trainer.step < steps:
+                self._work.save_training(trainer.state(), {"step": trainer.step, "before": before})
+        return model, {"kl_before": before, "kl_after": judge()}
+
+
+class _FirstInputs:
+    """What the first block reads, window by window, on the CPU: only the embeddings that occur are kept."""
+
+    def __init__(
+        self, config: ModelConfig, table: EmbeddingTable, tables: Mapping[str, Tensor], text: TuningText
+    ) -> None:
+        self._config = config
+        self._tables = tables
+        occurring, self._where = torch.unique(torch.from_numpy(text.tokens), return_inverse=True)
+        self._rows = table.lookup(occurring)
+
+    def __getitem__(self, window: int) -> Tensor:
+        """Return float32 [1, seqlen, hidden]."""
+        return embed(self._config, self._tables, self._rows[self._where[window]][None])
+
+    def all(self) -> Tensor:
+        """Return every window's, float32 [windows, seqlen, hidden]."""
+        first = self[0]
+        out = first.new_empty(len(self._where), *first.shape[1:])
+        for window, place in enumerate(out):
+            place.copy_(self[window][0])
+        return out

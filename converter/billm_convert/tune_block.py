@@ -1,0 +1,177 @@
+"""A decoder block, and a whole model, that can be trained in the form in which the file holds them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from billm_convert.block import DecoderBlock, KeyValues, Rotary, finish, input_groups
+from billm_convert.tune_linear import TunedLinear, Vector
+from billm_format.config import ModelConfig, Quantization
+from billm_format.packing import PackedLinear
+
+Float32 = NDArray[np.float32]
+
+_PARTS = ("sign", "second", "salient", "scales", "row_scale", "col_scale", "bias")
+
+
+@dataclass(frozen=True)
+class BlockStart:
+    """A binarized decoder layer: its Linears ("q_proj"), and its norms ("attn_norm.weight") float32."""
+
+    linears: Mapping[str, PackedLinear]
+    norms: Mapping[str, Float32]
+
+
+def block_start(
+    config: ModelConfig, quantization: Quantization, layer: int, tensors: Mapping[str, NDArray[Any]]
+) -> BlockStart:
+    """Make a layer of its tensors, which have their names in the file."""
+    prefix = f"layers.{layer}."
+    linears = {}
+    for linear, (rows, cols, _) in config.linears().items():
+        parts: dict[str, Any] = {part: tensors.get(f"{prefix}{linear}.{part}") for part in _PARTS}
+        linears[linear] = PackedLinear(rows, cols, quantization.block_of(f"{prefix}{linear}"), **parts)
+    norms = {name.removeprefix(prefix): value for name, value in tensors.items() if "norm." in name}
+    return BlockStart(linears, norms)
+
+
+def block_tensors(layer: int, block: BlockStart) -> dict[str, NDArray[Any]]:
+    """Return a layer's tensors under their names in the file."""
+    prefix = f"layers.{layer}."
+    out = {f"{prefix}{name}": value for name, value in block.norms.items()}
+    for linear, packed in block.linears.items():
+        for part in _PARTS:
+            value = getattr(packed, part)
+            if value is not None:
+                out[f"{prefix}{linear}.{part}"] = value
+    return out
+
+
+@dataclass
+class Rates:
+    """Learning rates of the three kinds of numbers, each in its own unit."""
+
+    latents: float  # in steps: a row's largest scale starts at about 240
+    codes: float  # in steps as well
+    vectors: float  # relative: row multipliers, column scales, norms, biases
+
+
+class TunedBlock(DecoderBlock):
+    """One decoder layer whose Linears and norms can be trained."""
+
+    def __init__(self, config: ModelConfig, start: BlockStart, rotary: Rotary | None, device: torch.device) -> None:
+        """Begin exactly at `start`."""
+        super().__init__(config, {}, rotary)
+        self.norms = {name: norm_vector(name, value, device) for name, value in start.norms.items()}
+        self.linears: dict[str, TunedLinear] = {}
+        self._col_scales: list[Vector] = []
+        for names in input_groups(config).values():
+            shared = _shared_col_scale([start.linears[name] for name in names], device)
+            if shared is not None:
+                self._col_scales.append(shared)
+            for name in names:
+                self.linears[name] = TunedLinear(start.linears[name], shared, device)
+
+    def forward(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
+        """Run x [batch, tokens, hidden] through the block as the file will hold it."""
+        self.weights = {name: vector() for name, vector in self.norms.items()}
+        return super().forward(x, past)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return self.linears[name](x)
+
+    def latents(self) -> list[nn.Parameter]:
+        """Return the latent of every weight."""
+        return [linear.latent for linear in self.linears.values()]
+
+    def codes(self) -> list[nn.Parameter]:
+        """Return what the scale codes are made of."""
+        return [part for linear in self.linears.values() for part in (linear.mid, linear.half)]
+
+    def vectors(self) -> list[nn.Parameter]:
+        """Return the changes of row multipliers, column scales, norms and biases."""
+        linears = self.linears.values()
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        vectors = [*(linear.row_scale for linear in linears), *self._col_scales, *biases, *self.norms.values()]
+        return [vector.change for vector in vectors]
+
+    def project(self) -> None:
+        """Bring every scale back into the format's range after a step."""
+        for linear in self.linears.values():
+            linear.project()
+
+    @torch.no_grad()
+    def result(self) -> BlockStart:
+        """Return the block as the file stores it."""
+        return BlockStart(
+            {name: self.linears[name].pack() for name in self._config.linears()},
+            {name: vector().cpu().numpy() for name, vector in self.norms.items()},
+        )
+
+
+class TunedModel:
+    """All blocks and the final norm; embedding, head and other tables stay as they are."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        starts: Iterable[BlockStart],
+        tables: Mapping[str, Tensor],
+        rotary: Rotary | None,
+        device: torch.device,
+    ) -> None:
+        """Begin exactly at `starts`; `tables` are what `finish` wants, the final norm's start among them."""
+        self._config = config
+        self._tables = tables
+        self.blocks = [TunedBlock(config, start, rotary, device) for start in starts]
+        self._final = {
+            name: norm_vector(name, value.cpu().numpy(), device)
+            for name, value in tables.items()
+            if name.startswith("final_norm.")
+        }
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Turn the first block's input [batch, tokens, hidden] into what the head multiplies."""
+        for block in self.blocks:
+            x = block.forward(x)
+        return finish(self._config, {**self._tables, **{name: vector() for name, vector in self._final.items()}}, x)
+
+    def vectors(self) -> list[nn.Parameter]:
+        """Return the changes of the final norm."""
+        return [vector.change for vector in self._final.values()]
+
+    @torch.no_grad()
+    def final_norm(self) -> dict[str, Float32]:
+        """Return the final norm as the file stores it."""
+        return {name: vector().cpu().numpy() for name, vector in self._final.items()}
+
+
+def norm_vector(name: str, value: Float32, device: torch.device) -> Vector:
+    """Return a norm's weight or bias as a trainable vector."""
+    return Vector(value, device, relative=name.endswith(".weight"))
+
+
+def _shared_col_scale(linears: list[PackedLinear], device: torch.device) -> Vector | None:
+    """Return the column scale of Linears that read the same input; ValueError where they do not agree on one."""
+    first = linears[0].col_scale
+    for other in linears[1:]:
+        second = other.col_scale
+        if (first is None) != (second is None) or not (
+            first is None or second is None or np.array_equal(first, second)
+        ):
+            raise ValueError("Linears that read the same input: wanted one column scale for all, found several")
+    return None if first is None else Vector(first, device, relative=True, half=True)
+
+
+def parameter_groups(
+    blocks: list[TunedBlock], vectors: list[nn.Parameter], rates: Rates
+) -> Iterator[dict[str, object]]:
+    """Yield an optimizer's groups: the blocks' numbers and `vectors` beside them."""
+    yield {"params": [latent for block in blocks for latent in block.latents()], "lr": rates.latents}
+    yield {"params": [code for block in blocks for code in block.codes()], "lr": rates.codes}
+    yield {"params": [*(v for block in blocks for v in block.vectors()), *vectors], "lr": rates.vectors}

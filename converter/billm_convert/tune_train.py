@@ -1,0 +1,147 @@
+"""The two trainings: one block against the full-precision block, and the whole model against the full-precision logits.
+
+Both take one window of text a step. Everything random is drawn from seeds, so a run that is resumed at a step goes the
+way it would have gone.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from billm_convert.block import normalize
+from billm_convert.tune_block import Rates, TunedBlock, parameter_groups
+from billm_format.config import ModelConfig
+
+_WARM_UP = 0.1  # share of the steps in which the learning rates rise
+_BETAS = (0.9, 0.95)
+
+# Positions whose logits are made at once: all of them would be hundreds of megabytes.
+_CHUNK = 128
+
+
+@contextlib.contextmanager
+def quick_products() -> Iterator[None]:
+    """Let float32 matrix products round their factors to bfloat16 where the processor has instructions for it.
+
+    Measured with AMX: a training step takes half the time. Levels are whole numbers up to 255, which bfloat16 holds
+    exactly; what is rounded are activations and gradients. Elsewhere nothing changes.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Return what the learning rates are multiplied by: a linear warm-up, then half a cosine to almost 0."""
+    warm = max(1, round(_WARM_UP * steps))
+    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class Trainer:
+    """AdamW over blocks and vectors, with the schedule's rates."""
+
+    def __init__(self, blocks: list[TunedBlock], vectors: list[nn.Parameter], rates: Rates, steps: int) -> None:
+        """Begin before the first of `steps` steps."""
+        self._blocks = blocks
+        groups = list(parameter_groups(blocks, vectors, rates))
+        self._rates = (rates.latents, rates.codes, rates.vectors)
+        self._steps = steps
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=True)
+        self.step = 0
+
+    def update(self) -> None:
+        """Take a step from the gradients that are there, and drop them."""
+        factor = rate_factor(self.step, self._steps)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for block in self._blocks:
+            block.project()
+        self.step += 1
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for group in self._optimizer.param_groups:
+            yield from group["params"]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that the next step depends on, by name."""
+        out = {}
+        for index, parameter in enumerate(self._parameters()):
+            out[f"{index}.value"] = parameter.detach()
+            moments = self._optimizer.state[parameter]
+            out |= {f"{index}.{name}": moments[name] for name in ("exp_avg", "exp_avg_sq")}
+        return out
+
+    def load(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Go on from `state` as it was after `step` steps."""
+        self.step = step
+        for index, parameter in enumerate(self._parameters()):
+            with torch.no_grad():
+                parameter.copy_(state[f"{index}.value"])
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(step), device=parameter.device),
+                **{name: state[f"{index}.{name}"].to(parameter) for name in ("exp_avg", "exp_avg_sq")},
+            }
+
+
+class BlockLoss:
+    """How far a block's output is from the full-precision one, as the norm that reads both sees it.
+
+    Some channels of some tokens are a hundred times larger than all others. The norm of the block that follows divides
+    every token by its own size and gives such channels little weight: without it they would be all that is learned.
+    """
+
+    def __init__(self, config: ModelConfig, norms: Mapping[str, Tensor], name: str) -> None:
+        """`norms` holds the weights `name`.weight (and .bias) of the norm that reads the output."""
+        self._config = config
+        self._norms = norms
+        self._name = name
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the relative squared error over all tokens, one number."""
+        wanted = self._seen(target)
+        return (self._seen(output) - wanted).square().sum() / wanted.square().sum()
+
+    def _seen(self, x: Tensor) -> Tensor:
+        # After a "post" norm the output has its size already.
+        read = self._config.norm_position == "pre" and f"{self._name}.weight" in self._norms
+        return normalize(self._config, self._norms, self._name, x) if read else x
+
+
+def tune_block(
+    block: TunedBlock, loss: BlockLoss, inputs: Tensor, targets: Tensor, rates: Rates, order: Sequence[int]
+) -> None:
+    """Train `block` to turn inputs [windows, tokens, hidden] into targets: one step for every window in `order`."""
+    trainer = Trainer([block], [], rates, len(order))
+    device = next(iter(block.linears.values())).latent.device
+    with quick_products(), torch.enable_grad():
+        for window in order:
+            output = block.forward(inputs[window : window + 1].to(device))
+            torch.autograd.backward(loss(output, targets[window : window + 1].to(device)))
+            trainer.update()
+
+
+def logit_distance(hidden: Tensor, wanted: Tensor, head: Tensor, wanted_head: Tensor) -> tuple[float, Tensor]:
+    """Return the mean over positions of KL(full precision || tuned) in nats, and its gradient for `hidden`.
+
+    hidden and wanted [positions, embedding_size] are what either head [vocab, embedding_size] multiplies. Logits exist
+    for a few positions at a time only.
+    """
+    total = 0.0
+    gradient = torch.empty_like(hidden)
+    with torch.no_grad():
+        for start in range(0, hidden.shape[0], _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            goal = torch.log_softmax(wanted[rows].float() @ wanted_head.T, dim=-1)
+            found = torch.log_softmax(hidden[rows] @ head.T, dim=-1)
+            share = goal.exp()
+            total += float(goal.sub_(found).mul_(share).sum())
+            gradient[rows] = found.exp_().sub_(share) @ head
+    return total / hidden.shape[0], gradient / hidden.shape[0]

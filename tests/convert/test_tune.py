@@ -1,0 +1,138 @@
+"""Training as part of a conversion: it helps, keeps to the format, and goes on after a kill as if nothing had been."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from convert.hf_models import FAMILIES, save_model, write_text
+
+from billm_convert import ConvertSettings, Event, convert, settings
+from billm_convert.cli import main
+from billm_convert.report import tuning_line
+from billm_convert.settings import Effort
+from billm_convert.tune_block import TunedBlock, block_start, block_tensors
+from billm_format.errors import DoesNotFitError, UsageError
+from billm_format.layout import all_tensors
+from billm_format.reader import BillmFile
+
+SIZES: dict[str, Any] = {"nsamples": 3, "seqlen": 64, "block_size": 32, "max_salient": 8}
+
+
+class Stop(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+def small(
+    folder: Path, family: str, seed: int, monkeypatch: pytest.MonkeyPatch, effort: Effort, **changes: Any
+) -> ConvertSettings:
+    """Save a model and a text; return settings that convert and tune it in a blink."""
+    save_model(folder / "model", family, seed, **changes)
+    text = write_text(folder / "text.txt", seed)
+    monkeypatch.setitem(settings.EFFORTS, "fast", effort)
+    return ConvertSettings(recipe="tuned", effort="fast", calib=str(text), seed=seed % 1000, **SIZES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tuning_brings_every_family_nearer_to_full_precision(
+    family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=16, block_steps=6, model_steps=60))
+    report = convert(tmp_path / "model", tmp_path / "out.billm", options)
+    assert report.tuning is not None
+    before, after = report.tuning["kl_before"], report.tuning["kl_after"]
+    print(f"{before:.3f} -> {after:.3f}")
+    assert after < 0.95 * before
+    with BillmFile.open(tmp_path / "out.billm") as file:
+        file.verify()
+        assert [info for info in file.tensors if not info.startswith("pad.")] == [
+            spec.name for spec in all_tensors(file.config, file.quantization)
+        ]
+        assert file.conversion["tuning"] == report.tuning
+
+
+@pytest.mark.parametrize("family", ["opt-350m", "qwen3", "llama-biased"])
+def test_begins_at_the_start_to_the_byte(
+    family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without steps the result is what the solver found, whether or not it goes through a model in training."""
+    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=2, block_steps=0, model_steps=0))
+    convert(tmp_path / "model", tmp_path / "tuned.billm", options)
+    convert(tmp_path / "model", tmp_path / "start.billm", dataclasses.replace(options, recipe="refined"))
+    with BillmFile.open(tmp_path / "tuned.billm") as tuned, BillmFile.open(tmp_path / "start.billm") as start:
+        assert tuned.checksums == start.checksums
+        config, names = start.config, [name for name in start.tensors if name.startswith("layers.0.")]
+        tensors = {name: start.array(name) for name in names}
+        first = block_start(config, start.quantization, 0, tensors)
+        trained = block_tensors(0, TunedBlock(config, first, None, torch.device("cpu")).result())
+        assert {name: value.tobytes() for name, value in trained.items()} == {
+            name: value.tobytes() for name, value in tensors.items()
+        }
+
+
+def test_blocks_alone_are_trained_one_at_a_time(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=12, block_steps=60, model_steps=0))
+    report = convert(tmp_path / "model", tmp_path / "out.billm", options)
+    assert report.tuning is not None
+    before, after = np.mean(report.tuning["block_errors"], axis=0)
+    print(f"{before:.4f} -> {after:.4f}")
+    assert after < 0.95 * before
+    assert "kl_after" not in report.tuning
+    assert f"a block {before:.4f} -> {after:.4f}" in tuning_line(report.tuning)
+
+
+@pytest.mark.parametrize("family", ["llama-biased", "opt"])
+def test_resume_gives_the_same_bytes(family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from billm_convert import tune
+
+    monkeypatch.setattr(tune, "_SAVE_EVERY", 3)
+    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=5, block_steps=3, model_steps=8))
+    whole, out = tmp_path / "whole.billm", tmp_path / "out.billm"
+    convert(tmp_path / "model", whole, options)
+    resume = dataclasses.replace(options, resume=True)
+    for stage, done in [
+        ("blocks", 1.1),
+        ("tuning blocks", 1),
+        ("tuning model", 2),
+        ("tuning model", 7),
+        ("writing", 1),
+    ]:
+
+        def watch(event: Event, stage: str = stage, done: float = done) -> None:
+            if event.stage == stage and event.done >= done:
+                raise Stop
+
+        with pytest.raises(Stop):
+            convert(tmp_path / "model", out, resume, watch)
+    convert(tmp_path / "model", out, resume)
+    assert out.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "out.billm.work").exists()
+
+
+def test_too_little_memory_is_refused_before_the_work_begins(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=10**8, block_steps=0, model_steps=1))
+    with pytest.raises(DoesNotFitError, match=r"weights [\d.]+ \+ activations .*give --effort blocks"):
+        convert(tmp_path / "model", tmp_path / "out.billm", options)
+
+
+def test_an_unknown_effort_is_refused() -> None:
+    with pytest.raises(UsageError, match="--effort: wanted one of blocks, fast, normal, max, found 'huge'"):
+        ConvertSettings(effort="huge")
+
+
+def test_the_command_shows_progress_and_the_outcome(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=4, block_steps=2, model_steps=20))
+    argv = [str(tmp_path / "model"), str(tmp_path / "out.billm"), "--recipe", "tuned", "--effort", "fast"]
+    argv += ["--calib", str(options.calib), "--nsamples", "3", "--seqlen", "24", "--block-size", "32"]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    assert "tuned for 2 steps a block and 20 of the whole model: held-out KL" in shown.out
+    assert shown.err.count("tuning blocks: error ") == 2
+    assert shown.err.count("tuning the model: KL ") == 2
+    assert " left" in shown.err

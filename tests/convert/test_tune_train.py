@@ -1,0 +1,79 @@
+"""The losses and the schedule, and the text that is held out."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from convert.hf_models import save_model, write_text
+from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
+
+from billm_convert.calibration import CalibrationText, choose_text
+from billm_convert.source import open_model
+from billm_convert.tune_text import HELD_OUT, draw_text
+from billm_convert.tune_train import logit_distance, quick_products, rate_factor
+from billm_rt.texts import Text
+from billm_rt.tokenizer import Tokenizer
+
+
+def test_logit_distance_is_the_divergence_and_its_gradient(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(300, 24, generator=generator, requires_grad=True)  # several chunks, the last one short
+    wanted = torch.randn(300, 24, generator=generator)
+    head, wanted_head = torch.randn(50, 24, generator=generator), torch.randn(50, 24, generator=generator)
+    found, gradient = logit_distance(hidden.detach(), wanted, head, wanted_head)
+    loss = F.kl_div(
+        F.log_softmax(hidden @ head.T, dim=-1),
+        F.log_softmax(wanted @ wanted_head.T, dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    (expected,) = torch.autograd.grad(loss, hidden)
+    assert found == pytest.approx(float(loss.detach()), rel=1e-4)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+    assert logit_distance(wanted, wanted, head, head)[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_rates_rise_then_fall() -> None:
+    for steps in (1, 2, 7, 100):
+        factors = [rate_factor(step, steps) for step in range(steps)]
+        peak = factors.index(max(factors))
+        assert factors[: peak + 1] == sorted(factors[: peak + 1])
+        assert factors[peak:] == sorted(factors[peak:], reverse=True)
+        assert all(0 < factor <= 1 for factor in factors)
+    assert math.isclose(rate_factor(0, 100), 0.1)
+
+
+def test_quick_products_leave_no_trace() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), quick_products():
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    save_model(tmp_path / "model", "llama", 1)
+    source = open_model(tmp_path / "model")
+    return source.tokenizer().load(source.config)
+
+
+def test_held_out_windows_are_of_other_documents(tokenizer: Tokenizer, seed: int) -> None:
+    documents = tuple(("cat " if i < 38 else "mat ") * 40 for i in range(40))
+    text = draw_text(CalibrationText("t.jsonl", Text("t", documents, " ")), tokenizer, 30, 24, seed)
+    words = [tokenizer.decode(window) for window in text.tokens.tolist()]
+    assert text.tokens.shape == (30 + HELD_OUT, 24)
+    assert list(text.held_out) == list(range(30, 30 + HELD_OUT))
+    assert all("mat" not in window for window in words[: text.training])
+    assert all("cat" not in window for window in words[text.training :])
+
+
+def test_one_long_file_is_cut_before_its_end(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
+    path = write_text(tmp_path / "t.txt", seed)
+    whole = path.read_text(encoding="utf-8")
+    text = draw_text(choose_text(str(path))[0], tokenizer, 60, 24, seed)
+    cut = round(0.95 * len(whole))
+    for number, window in enumerate(text.tokens.tolist()):
+        words = tokenizer.decode(window[1:-1]).strip("\N{REPLACEMENT CHARACTER}")  # a cut may fall within a letter
+        assert words in (whole[cut:] if number in text.held_out else whole[:cut])
