@@ -109,15 +109,17 @@ class MarkdownView:
     def _paint(self, shown: Callable[[str], str]) -> None:
         columns, rows = self._size()
         width = max(columns - 1, 10)  # a full last column would leave the cursor in doubt
-        *settled, last = blocks(self._text)
+        # Markup that has only begun stays out of this too: behind a list, "3" looks like a paragraph that ends it.
+        clear = shown(self._text)
+        *settled, last = blocks(clear)
         done = [line for block in settled for line in (*render(block, self._console, width), "")]
         shift = 0 if settled else self._gone
-        done, lines = done[self._gone :], render(shown(last), self._console, width)[shift:]
+        done, lines = done[self._gone :], render(last, self._console, width)[shift:]
         self._live.paint([*done, *lines] or [""], columns)
         self._live.forget(len(done))
         over = max(0, len(self._live.lines) - max(rows - 1, 1))
         self._live.forget(over)
-        self._text, self._gone = last, shift + over
+        self._text, self._gone = last + self._text[len(clear) :], shift + over
 
 
 class Interrupt:
