@@ -382,8 +382,10 @@ typedef void make_tile(const struct billm_weight *w, size_t row, size_t rows, si
 static inline void two_tiles(make_tile *make, const struct billm_weight *w, size_t row, size_t rows, size_t col,
                              size_t cols, void *tile) {
     make(w, row, billm_min(rows, 16), col, cols, tile);
-    if (rows > 16) /* else its sums are not used */
+    if (rows > 16)
         make(w, row + 16, rows - 16, col, cols, (uint8_t *)tile + HALF_TILE);
+    else /* sums that nobody uses, but of what is there they could overflow */
+        memset((uint8_t *)tile + HALF_TILE, 0, HALF_TILE);
 }
 
 static void binary_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
