@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from billm_convert.baselines import BASELINES, BaselineSettings
 from billm_convert.hessian import HessianAccumulator
-from billm_convert.solver import PaperSettings, SolvedLinear, solve_linear
+from billm_convert.solver import PaperSettings, solve_linear
 from billm_format.command import add_common_options, emit_json, run_command
 from billm_format.errors import UsageError
 from billm_rt import texts
@@ -45,7 +46,9 @@ def main() -> int:
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window (default: %(default)s)")
     parser.add_argument("--held-out", action="store_true", help="judge on as many windows that the solver never saw")
     parser.add_argument("--block-size", type=int, default=128, help="columns in a block (default: %(default)s)")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["paper"], help="what to compare")
+    parser.add_argument(
+        "--settings", nargs="+", choices=(*SETTINGS, *BASELINES), default=["paper"], help="of ours or rivals"
+    )
     add_common_options(parser)
     return run_command(parser, _run)
 
@@ -62,11 +65,11 @@ def _run(args: argparse.Namespace) -> None:
     for name, linear in linears.items():
         figures = {}
         for setting in args.settings:
-            settings = dataclasses.replace(SETTINGS[setting], block_size=args.block_size)
             started = time.perf_counter()
-            solved = solve_linear(linear.weight, seen[name], settings)
+            weight, more = _solve(setting, linear.weight, seen[name], args.block_size)
             seconds = time.perf_counter() - started
-            figures[setting] = _figures(solved, linear.weight, judges[name] if judges else None) | {"seconds": seconds}
+            error = _error(linear.weight, weight, (judges or seen)[name])
+            figures[setting] = {"error": error, **more, "seconds": seconds}
         rows.append({"linear": name, "shape": list(linear.weight.shape), "settings": figures})
         if not (args.json or args.quiet):
             _print_row(name, figures)
@@ -116,12 +119,19 @@ def _hessians(model: nn.Module, linears: dict[str, nn.Linear], windows: Tensor) 
     return {name: accumulator.result() for name, accumulator in sums.items()}
 
 
-def _figures(solved: SolvedLinear, weight: Tensor, judge: Tensor | None) -> dict[str, float]:
-    error = solved.error
-    if judge is not None:
-        delta = weight - torch.from_numpy(solved.packed.dequantize())
-        error = float(((delta @ judge) * delta).sum() / ((weight @ judge) * weight).sum())
-    return {"error": error, "salient": solved.salient_fraction, "sparse": solved.sparse_fraction}
+def _solve(setting: str, weight: Tensor, hessian: Tensor, block_size: int) -> tuple[Tensor, dict[str, float]]:
+    """Return the weight that stands for `weight`, and what else there is to say of it."""
+    if setting in BASELINES:
+        found = BASELINES[setting](weight, hessian, BaselineSettings(block_size=block_size))
+        return found.weight, {"bits_paper": found.bits_paper, "bits_stored": found.bits_stored}
+    solved = solve_linear(weight, hessian, dataclasses.replace(SETTINGS[setting], block_size=block_size))
+    more = {"salient": solved.salient_fraction, "sparse": solved.sparse_fraction}
+    return torch.from_numpy(solved.packed.dequantize()), more
+
+
+def _error(weight: Tensor, found: Tensor, hessian: Tensor) -> float:
+    delta = weight - found
+    return float(((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum())
 
 
 def _means(figures: list[dict[str, float]]) -> dict[str, float]:
@@ -131,10 +141,10 @@ def _means(figures: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _print_row(name: str, settings: dict[str, Any]) -> None:
-    cells = [
-        f"{setting} {f['error']:.4f} ({f['salient']:.1%} salient, {f['sparse']:.0%} sparse, {f['seconds']:.2f} s)"
-        for setting, f in settings.items()
-    ]
+    cells = []
+    for setting, figures in settings.items():
+        more = ", ".join(f"{key} {value:.3g}" for key, value in figures.items() if key != "error")
+        cells.append(f"{setting} {figures['error']:.4f} ({more})")
     print(f"{name:16}", " | ".join(cells), flush=True)
 
 

@@ -30,14 +30,26 @@ def sign(x: float) -> float:
     return 1.0 if x > 0 else -1.0 if x < 0 else 0.0
 
 
-def grid(row: list[float], bits: int) -> Callable[[float], float]:
+def grid(row: list[float], bits: int, share: float = 1.0) -> Callable[[float], float]:
     """GPTQ's asymmetric grid over one row's weights."""
     low, high = min([*row, 0.0]), max([*row, 0.0])
     if low == 0 and high == 0:
         low, high = -1.0, 1.0
+    low, high = share * low, share * high
     scale = (high - low) / (2**bits - 1)
     zero = float(np.round(-low / scale))
     return lambda x: scale * (min(max(float(np.round(x / scale)) + zero, 0), 2**bits - 1) - zero)
+
+
+def searched(row: list[float], bits: int) -> Callable[[float], float]:
+    """The grid of the share of the range, 100 % down to 21 %, with the least sum of |error|^2.4."""
+    best, least = grid(row, bits), math.inf
+    for step in range(80):
+        level = grid(row, bits, 1 - step / 100)
+        error = sum(abs(level(x) - x) ** 2.4 for x in row)
+        if error < least:
+            best, least = level, error
+    return best
 
 
 def rtn(W: Matrix, H: Matrix, bits: int, group: int) -> Matrix:
@@ -69,7 +81,7 @@ def gptq(W: Matrix, H: Matrix, bits: int, group: int, damp: float) -> Matrix:
 
     def quantize(i: int, j: int, row: Matrix) -> float:
         if j % group == 0:
-            grids[i, j // group] = grid([float(x) for x in row[j : j + group]], bits)
+            grids[i, j // group] = searched([float(x) for x in row[j : j + group]], bits)
         return grids[i, j // group](float(row[j]))
 
     return feed_back(W, U, quantize)
