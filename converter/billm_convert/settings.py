@@ -10,6 +10,7 @@ from billm_format.errors import UsageError
 
 RECIPES = ("paper", "refined")
 COL_SCALED = ("refined",)  # recipes whose Linears have a scale per column
+FOLLOWED = ("refined",)  # recipes calibrated on two streams, Linear by Linear
 DAMP = {"paper": 0.01, "refined": 0.05}
 SELF = "self"  # --calib: text that the full-precision model writes itself
 
