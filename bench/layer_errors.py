@@ -20,18 +20,26 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billm_convert.hessian import HessianAccumulator
-from billm_convert.solver import PaperSettings, SolvedLinear, solve_linear
+from billm_convert.refined import RefinedSettings, solve_refined
+from billm_convert.solved import SolvedLinear
+from billm_convert.solver import PaperSettings, solve_linear
 from billm_format.command import add_common_options, emit_json, run_command
 from billm_format.errors import UsageError
 from billm_rt import texts
 
-SETTINGS = {
+SETTINGS: dict[str, PaperSettings | RefinedSettings] = {
     "paper": PaperSettings(),
     "percentile": PaperSettings(breakpoint="percentile"),
     # The authors' searches and numbers of columns; their means per group have no place in the format.
     "authors": PaperSettings(min_salient=1, max_salient=49, breakpoint="percentile", search_on="salience"),
     "exact": PaperSettings(compensation="exact"),
     "none": PaperSettings(compensation="none"),
+    "salient-only": PaperSettings(splitting=False),
+    "splitting-only": PaperSettings(min_salient=0, max_salient=0),
+    # Alone, each Linear has a column scale of its own; in a conversion it shares one with those that read the same.
+    "refined": RefinedSettings(),
+    "refined, 1 sweep": RefinedSettings(sweeps=1),
+    "refined, no salient": RefinedSettings(min_salient=0, max_salient=0),
 }
 
 
@@ -64,7 +72,7 @@ def _run(args: argparse.Namespace) -> None:
         for setting in args.settings:
             settings = dataclasses.replace(SETTINGS[setting], block_size=args.block_size)
             started = time.perf_counter()
-            solved = solve_linear(linear.weight, seen[name], settings)
+            solved = _solve(linear.weight, seen[name], settings)
             seconds = time.perf_counter() - started
             figures[setting] = _figures(solved, linear.weight, judges[name] if judges else None) | {"seconds": seconds}
         rows.append({"linear": name, "shape": list(linear.weight.shape), "settings": figures})
@@ -75,6 +83,12 @@ def _run(args: argparse.Namespace) -> None:
         emit_json("billm-layer-errors", 1, {"linears": rows, "means": means})
     else:
         _print_row(f"mean of {len(rows)}", means)
+
+
+def _solve(weight: Tensor, hessian: Tensor, settings: PaperSettings | RefinedSettings) -> SolvedLinear:
+    if isinstance(settings, PaperSettings):
+        return solve_linear(weight, hessian, settings)
+    return solve_refined([weight], hessian, settings)[0]
 
 
 def _windows(model: Path, calib: str, number: int, seqlen: int) -> Tensor:

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from billm_convert.settings import CPU_CALIBRATION, DAMP, GPU_CALIBRATION, RECIPES, ConvertReport, ConvertSettings
+from billm_convert.settings import (
+    ABLATIONS,
+    CPU_CALIBRATION,
+    DAMP,
+    GPU_CALIBRATION,
+    RECIPES,
+    ConvertReport,
+    ConvertSettings,
+)
 from billm_format.command import add_common_options, emit_json, run_command
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import EXIT_INTERRUPTED, UsageError
@@ -35,6 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     default = ConvertSettings()
     how = parser.add_argument_group("binarization")
     how.add_argument("--recipe", choices=RECIPES, default=default.recipe, help="how to fit (default: %(default)s)")
+    how.add_argument(
+        "--ablation",
+        choices=ABLATIONS,
+        help="leave a part of the paper's recipe out: the split, the salient columns, or the compensation",
+    )
     how.add_argument(
         "--block-size",
         type=int,

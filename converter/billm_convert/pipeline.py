@@ -181,6 +181,7 @@ class Conversion:
         settings = self.settings
         return {
             "recipe": settings.recipe,
+            **({"ablation": settings.ablation} if settings.ablation else {}),
             "block_size": settings.block_size,
             "max_salient": settings.max_salient,
             "damp": settings.dampening,

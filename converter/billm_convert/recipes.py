@@ -22,7 +22,17 @@ def choose_recipe(settings: ConvertSettings) -> Recipe:
         return lambda weights, inputs: solve_refined(
             weights, inputs.hessian, refined, inputs.drift, inputs.hidden_drift
         )
-    paper = PaperSettings(
-        block_size=settings.block_size, min_salient=fewest, max_salient=settings.max_salient, damp=settings.dampening
-    )
+    paper = _paper(settings, fewest)
     return lambda weights, inputs: [solve_linear(weight, inputs.hessian, paper) for weight in weights]
+
+
+def _paper(settings: ConvertSettings, fewest: int) -> PaperSettings:
+    without_salient = settings.ablation == "splitting-only"
+    return PaperSettings(
+        block_size=settings.block_size,
+        min_salient=0 if without_salient else fewest,
+        max_salient=0 if without_salient else settings.max_salient,
+        damp=settings.dampening,
+        compensation="none" if settings.ablation == "no-compensation" else "quotient",
+        splitting=settings.ablation != "salient-only",
+    )

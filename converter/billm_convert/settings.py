@@ -12,6 +12,8 @@ RECIPES = ("paper", "refined")
 COL_SCALED = ("refined",)  # recipes whose Linears have a scale per column
 FOLLOWED = ("refined",)  # recipes calibrated on two streams, Linear by Linear
 DAMP = {"paper": 0.01, "refined": 0.05}
+# What can be left out of the paper's recipe (its Fig. 8, and the compensation).
+ABLATIONS = ("salient-only", "splitting-only", "no-compensation")
 SELF = "self"  # --calib: text that the full-precision model writes itself
 
 # The paper's calibration, and what a CPU gets through in minutes: (windows, tokens in each).
@@ -24,6 +26,7 @@ class ConvertSettings:
     """How to convert; None: chosen when the conversion starts, and said."""
 
     recipe: str = "paper"
+    ablation: str | None = None  # "salient-only": no split; "splitting-only": no salient columns; "no-compensation"
     block_size: int = 128
     max_salient: int = 30  # most salient columns in a block
     damp: float | None = None  # added to the Hessian's diagonal, as a share of its mean; None: the recipe's own
@@ -41,6 +44,10 @@ class ConvertSettings:
         """Raise UsageError, naming the option, for a value that cannot work."""
         if self.recipe not in RECIPES:
             raise UsageError(f"--recipe: wanted one of {', '.join(RECIPES)}, found {self.recipe!r}")
+        if self.ablation is not None and self.ablation not in ABLATIONS:
+            raise UsageError(f"--ablation: wanted one of {', '.join(ABLATIONS)}, found {self.ablation!r}")
+        if self.ablation is not None and self.recipe != "paper":
+            raise UsageError(f"--ablation takes the paper's recipe apart, not {self.recipe}: leave one of them out")
         if self.block_size not in BLOCK_SIZES:
             raise UsageError(f"--block-size: wanted one of {', '.join(map(str, BLOCK_SIZES))}, found {self.block_size}")
         if not 0 <= self.max_salient <= self.block_size:
