@@ -13,7 +13,7 @@ from torch import Tensor
 from billm_convert.binarize import MAX_CODE, row_step
 from billm_convert.hessian import InverseFactor, factor_inverse
 from billm_convert.salient import salience, select_columns
-from billm_convert.solved import SolvedLinear, check_problem, relative_errors
+from billm_convert.solved import SolvedLinear, check_problem, relative_errors, weight_error
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear, pack_bits
@@ -59,7 +59,7 @@ class _Block:
     columns: slice
     salient: Tensor  # bool [n]
     positive: Tensor  # bool [n, rows]
-    large: Tensor  # bool [n, rows]: the larger of the two magnitudes of the column's class
+    large: Tensor  # bool [n, rows]: the second magnitude of the column's class, in general the larger one
     scales: Tensor  # [4, rows], in the file's order
 
     def level(self) -> Tensor:
@@ -111,9 +111,7 @@ def _follow(weight: Tensor, drift: Tensor, hidden_drift: Tensor | None, factor: 
 def _judged_by(weight: Tensor, solved: SolvedLinear) -> SolvedLinear:
     """Return `solved` with the weight error against `weight`: the original, not what the solver aimed at."""
     delta = weight - torch.from_numpy(solved.packed.dequantize()).to(weight)
-    whole = weight.square().sum(dtype=torch.float64)
-    error = float(delta.square().sum(dtype=torch.float64) / torch.where(whole > 0, whole, 1.0))
-    return dataclasses.replace(solved, weight_error=error)
+    return dataclasses.replace(solved, weight_error=weight_error(weight, delta))
 
 
 def column_scale(weights: Sequence[Tensor]) -> Tensor:
@@ -359,13 +357,14 @@ def _solved(
         row_scale=step.cpu().numpy(),
         col_scale=col_scale.cpu().numpy(),
     )
-    error, weight_error = relative_errors(weight, weight - torch.from_numpy(packed.dequantize()).to(weight), hessian)
+    delta = weight - torch.from_numpy(packed.dequantize()).to(weight)
+    output, own = relative_errors(weight, delta, hessian)
     columns = int(salient.sum())
     sparse = int((large & ~salient).sum())
     return SolvedLinear(
         packed=packed,
-        error=error,
-        weight_error=weight_error,
+        error=output,
+        weight_error=own,
         salient_fraction=columns / cols,
         sparse_fraction=sparse / (rows * (cols - columns)),
         damp=damp,

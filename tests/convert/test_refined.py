@@ -255,7 +255,7 @@ def test_first_pass_makes_up_for_what_came_before(seed: int, monkeypatch: pytest
 def test_same_decisions_as_the_plain_loops(kind: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     compared = 0
-    for _ in range(6):
+    for _ in range(40):
         weight, hessian = solver_problems.KINDS[kind](random)
         if weight.shape[1] == 66:  # a last block of two columns, one of each class, is a tie in itself
             weight, hessian = weight[:, :64], hessian[:64, :64]
@@ -275,11 +275,15 @@ def test_same_decisions_as_the_plain_loops(kind: str, seed: int) -> None:
             sweeps=settings.sweeps,
         )
         if wanted.margin < 1e-9:
-            continue  # a tie: two honest programs may differ
+            # Two honest programs may differ. Frequent: a class of one column in a short last block has its magnitude
+            # exactly where its two levels meet.
+            continue
         tensors = [torch.from_numpy(part) for part in (weight, hessian, drift, hidden_drift)]
         solved = solve_refined([tensors[0]], tensors[1], settings, tensors[2], tensors[3])[0]
         _assert_same(solved.packed, wanted)
         compared += 1
+        if compared == 4:
+            return
     assert compared >= 1, "too many ties for the comparison to mean anything"
 
 
