@@ -21,18 +21,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billm_convert.baselines import BASELINES, BaselineSettings
 from billm_convert.hessian import HessianAccumulator
+from billm_convert.refined import RefinedSettings, solve_refined
 from billm_convert.solver import PaperSettings, solve_linear
 from billm_format.command import add_common_options, emit_json, run_command
 from billm_format.errors import UsageError
 from billm_rt import texts
 
-SETTINGS = {
+SETTINGS: dict[str, PaperSettings | RefinedSettings] = {
     "paper": PaperSettings(),
     "percentile": PaperSettings(breakpoint="percentile"),
     # The authors' searches and numbers of columns; their means per group have no place in the format.
     "authors": PaperSettings(min_salient=1, max_salient=49, breakpoint="percentile", search_on="salience"),
     "exact": PaperSettings(compensation="exact"),
     "none": PaperSettings(compensation="none"),
+    "salient-only": PaperSettings(splitting=False),
+    "splitting-only": PaperSettings(min_salient=0, max_salient=0),
+    # Alone, each Linear has a column scale of its own; in a conversion it shares one with those that read the same.
+    "refined": RefinedSettings(),
+    "refined, 1 sweep": RefinedSettings(sweeps=1),
+    "refined, no salient": RefinedSettings(min_salient=0, max_salient=0),
 }
 
 
@@ -124,7 +131,11 @@ def _solve(setting: str, weight: Tensor, hessian: Tensor, block_size: int) -> tu
     if setting in BASELINES:
         found = BASELINES[setting](weight, hessian, BaselineSettings(block_size=block_size))
         return found.weight, {"bits_paper": found.bits_paper, "bits_stored": found.bits_stored}
-    solved = solve_linear(weight, hessian, dataclasses.replace(SETTINGS[setting], block_size=block_size))
+    settings = dataclasses.replace(SETTINGS[setting], block_size=block_size)
+    if isinstance(settings, PaperSettings):
+        solved = solve_linear(weight, hessian, settings)
+    else:
+        solved = solve_refined([weight], hessian, settings)[0]
     more = {"salient": solved.salient_fraction, "sparse": solved.sparse_fraction}
     return torch.from_numpy(solved.packed.dequantize()), more
 

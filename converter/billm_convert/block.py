@@ -15,6 +15,10 @@ from billm_format.config import ModelConfig
 Capture = Callable[[str, Tensor], None]
 
 
+# The groups of `input_groups` in each half of a block, in the order in which they are reached.
+HALVES = {"attention": ("qkv", "o"), "mlp": ("mlp", "down")}
+
+
 def input_groups(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Return capture name -> the Linears that read this input, in file order."""
     mlp = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
@@ -69,9 +73,24 @@ class DecoderBlock:
 
     def forward(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
         """Run x [batch, tokens, hidden] and return the output, same shape; `past` holds what came before, and grows."""
-        x = self._post_norm("attn_norm", x + self._attention(self._pre_norm("attn_norm", x), past, None))
+        return self.mlp_half(self.attention_half(x, past))
+
+    def attention_half(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
+        """Run the first half of the block, attention with what surrounds it, on x [batch, tokens, hidden]."""
+        return self._post_norm("attn_norm", x + self._attention(self._pre_norm("attn_norm", x), past, None))
+
+    def mlp_half(self, x: Tensor) -> Tensor:
+        """Run the second half on the first's output."""
         x = x + self._linear("down_proj", self._mlp_inner(self._pre_norm("mlp_norm", x), None))
         return self._post_norm("mlp_norm", x)
+
+    def read_by(self, group: str, x: Tensor) -> Tensor:
+        """Return what a group of Linears reads, [batch, tokens, cols], x being the input of the half they are in."""
+        if group in HALVES["attention"]:
+            x = self._pre_norm("attn_norm", x)
+            return x if group == "qkv" else self._mix(x, None, None)
+        x = self._pre_norm("mlp_norm", x)
+        return x if group == "mlp" else self._mlp_inner(x, None)
 
     def observe(self, x: Tensor, capture: Capture) -> None:
         """Show `capture` every Linear's input for x [batch, tokens, hidden]; the block's own output is not computed."""
@@ -79,6 +98,10 @@ class DecoderBlock:
         self._mlp_inner(self._pre_norm("mlp_norm", x), capture)
 
     def _attention(self, x: Tensor, past: KeyValues | None, capture: Capture | None) -> Tensor:
+        return self._linear("o_proj", self._mix(x, past, capture))
+
+    def _mix(self, x: Tensor, past: KeyValues | None, capture: Capture | None) -> Tensor:
+        """Return what the heads gather, [batch, tokens, query_size]."""
         config = self._config
         if capture:
             capture("qkv", x.flatten(0, 1))
@@ -98,7 +121,7 @@ class DecoderBlock:
         mixed = mixed.transpose(1, 2).reshape(batch, tokens, config.query_size)
         if capture:
             capture("o", mixed.flatten(0, 1))
-        return self._linear("o_proj", mixed)
+        return mixed
 
     def _mlp_inner(self, x: Tensor, capture: Capture | None) -> Tensor:
         if capture:

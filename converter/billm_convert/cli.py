@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from billm_convert.settings import (
+    ABLATIONS,
     CPU_CALIBRATION,
     DAMP,
     EFFORTS,
@@ -53,6 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=tuple(EFFORTS),
         default=default.effort,
         help="how long the recipe tuned trains (default: %(default)s)",
+    )
+    how.add_argument(
+        "--ablation",
+        choices=ABLATIONS,
+        help="leave a part of the paper's recipe out: the split, the salient columns, or the compensation",
     )
     how.add_argument(
         "--block-size",

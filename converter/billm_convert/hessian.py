@@ -44,6 +44,26 @@ class HessianAccumulator:
         return (upper + torch.triu(upper, diagonal=1).T) * (2.0 / self._tokens)
 
 
+class DriftAccumulator:
+    """Sums 2 D Xᵀ over batches: what is to be made up for, D, by a Linear that reads X."""
+
+    def __init__(self, rows: int, cols: int, device: torch.device | str) -> None:
+        """Start from zero for D of `rows` features and inputs of `cols` features on `device`."""
+        self._sum = torch.zeros(rows, cols, dtype=torch.float32, device=device)
+        self._tokens = 0
+
+    def add(self, difference: Tensor, x: Tensor) -> None:
+        """Add D [tokens, rows] for the inputs x [tokens, cols]."""
+        self._sum.addmm_(difference.T, x)
+        self._tokens += x.shape[0]
+
+    def result(self) -> Tensor:
+        """Return the mean over all tokens, float32 [rows, cols]; ValueError before any token was added."""
+        if self._tokens == 0:
+            raise ValueError("a drift needs at least one token, found none")
+        return self._sum * (2.0 / self._tokens)
+
+
 @dataclass(frozen=True)
 class InverseFactor:
     """H^c of Algorithm 1, line 2, and the dampening it took."""

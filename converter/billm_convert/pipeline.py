@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,15 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from billm_convert import gate, resources
-from billm_convert.block import DecoderBlock, Rotary, embed, input_groups
+from billm_convert.block import DecoderBlock, Rotary, embed
 from billm_convert.calibration import choose_text, describe, draw_windows
 from billm_convert.embedding import EmbeddingTable, to_float16
-from billm_convert.hessian import HessianAccumulator
 from billm_convert.recipes import choose_recipe
 from billm_convert.settings import (
     COL_SCALED,
     CPU_CALIBRATION,
     EFFORTS,
+    FOLLOWED,
     GPU_CALIBRATION,
     SELF,
     TUNED,
@@ -34,6 +35,7 @@ from billm_convert.settings import (
     Progress,
 )
 from billm_convert.source import ModelSource, open_model
+from billm_convert.streams import FollowedStream, Inputs, Stream, Told
 from billm_convert.tokenizer import TokenizerFiles
 from billm_convert.tune import Tuning
 from billm_convert.tune_text import HELD_OUT, TuningText, draw_text
@@ -88,8 +90,9 @@ class Conversion:
         self.held_out = self._held_out_text()
         self.quantization = self._quantization()
         self.embedding = EmbeddingTable(self.source, "embed", settings.embedding_bits)
+        tokens = self.nsamples * self.seqlen
         self.memory = resources.memory_plan(
-            self.config, self.nsamples * self.seqlen, min(self.nsamples * self.seqlen, self._batch() * self.seqlen)
+            self.config, tokens, min(tokens, self._batch() * self.seqlen), streams=1 + (settings.recipe in FOLLOWED)
         )
         self._linears: list[LinearReport] = []
 
@@ -197,6 +200,7 @@ class Conversion:
         settings = self.settings
         return {
             "recipe": settings.recipe,
+            **({"ablation": settings.ablation} if settings.ablation else {}),
             "block_size": settings.block_size,
             "max_salient": settings.max_salient,
             "damp": settings.dampening,
@@ -254,17 +258,23 @@ class Conversion:
         rotary = None
         if self.config.position == "rope":
             rotary = Rotary(self.source.tensor("rope.inv_freq").to(self.device), self.config.rope_scale, self.seqlen)
-        hidden = self._embed(tokens)
+        followed = self.settings.recipe in FOLLOWED
+        stream = (FollowedStream if followed else Stream)(self.config, self._embed(tokens), self._batch(), self.device)
         for layer in range(layers):
             weights = {name: value.to(self.device) for name, value in self.source.layer(layer).items()}
             block = DecoderBlock(self.config, weights, rotary)
+            original = DecoderBlock(self.config, dict(weights), rotary) if followed else block
             if layer < finished:
                 for linear in self.config.linears():
                     weights[f"{linear}.weight"] = self._stored_weight(work, layer, linear)
             else:
-                self._solve_block(work, layer, block, weights, hidden)
+                self._solve_block(work, layer, stream.inputs(block, original, self._told(layer, 0, 0.7)), weights)
             if layer + 1 < layers:
-                self._advance(layer, block, hidden)
+                stream.advance(block, original, self._told(layer, 0.7, 1))
+                if not stream.finite():
+                    raise UsageError(
+                        f"the hidden states after block {layer} are not finite: the model cannot be calibrated"
+                    )
 
     def _embed(self, tokens: NDArray[np.int64]) -> Tensor:
         """Return the first block's input, float32 [windows, seqlen, hidden] on the CPU, from the tables as stored."""
@@ -276,21 +286,14 @@ class Conversion:
         rows = self.embedding.lookup(torch.from_numpy(tokens))
         return embed(self.config, tables, rows).contiguous()
 
-    def _batches(self, hidden: Tensor) -> list[Tensor]:
-        return list(torch.split(hidden, self._batch()))
-
-    def _solve_block(
-        self, work: WorkFolder, layer: int, block: DecoderBlock, weights: dict[str, Tensor], hidden: Tensor
-    ) -> None:
-        """Binarize the block's Linears on what they read now, store them, and put them in the originals' place."""
-        hessians = self._hessians(layer, block, hidden)
+    def _solve_block(self, work: WorkFolder, layer: int, groups: Iterator[Inputs], weights: dict[str, Tensor]) -> None:
+        """Binarize the block's Linears on what they read, store them, and put them in the originals' place."""
         recipe = choose_recipe(self.settings)
         stored = {f"layers.{layer}.{name}": value.cpu().numpy() for name, value in weights.items() if "norm" in name}
         reports = []
-        for group, linears in input_groups(self.config).items():
-            hessian = hessians.pop(group).result()
-            together = recipe([weights[f"{linear}.weight"] for linear in linears], hessian)
-            for linear, solved in zip(linears, together, strict=True):
+        for inputs in groups:
+            together = recipe([weights[f"{linear}.weight"] for linear in inputs.linears], inputs)
+            for linear, solved in zip(inputs.linears, together, strict=True):
                 name = f"layers.{layer}.{linear}"
                 bias = weights.get(f"{linear}.bias")
                 stored |= packed_tensors(name, solved.packed, None if bias is None else bias.cpu().numpy())
@@ -305,32 +308,14 @@ class Conversion:
                         damp=solved.damp,
                     )
                 )
-                self._step(layer, 0.45 + 0.25 * len(reports) / len(self.config.linears()))
         reports.sort(key=lambda report: list(self.config.linears()).index(report.name.rpartition(".")[2]))
         work.save_block(layer, stored, [vars(report) for report in reports])
         self._linears += reports
         self._step(layer, 0.7, tuple(reports))
 
-    def _hessians(self, layer: int, block: DecoderBlock, hidden: Tensor) -> dict[str, HessianAccumulator]:
-        shapes = self.config.linears()
-        hessians = {
-            group: HessianAccumulator(shapes[linears[0]][1], self.device)
-            for group, linears in input_groups(self.config).items()
-        }
-        batches = self._batches(hidden)
-        for index, batch in enumerate(batches):
-            block.observe(batch.to(self.device), lambda group, x: hessians[group].add(x))
-            self._step(layer, 0.45 * (index + 1) / len(batches))
-        return hessians
-
-    def _advance(self, layer: int, block: DecoderBlock, hidden: Tensor) -> None:
-        """Replace the hidden states by the block's output, in place."""
-        batches = self._batches(hidden)
-        for index, batch in enumerate(batches):
-            batch.copy_(block.forward(batch.to(self.device)))
-            self._step(layer, 0.7 + 0.3 * (index + 1) / len(batches))
-        if not torch.isfinite(hidden).all():
-            raise UsageError(f"the hidden states after block {layer} are not finite: the model cannot be calibrated")
+    def _told(self, layer: int, start: float, stop: float) -> Told:
+        """Return what reports a share of the work between two shares of a block."""
+        return lambda share: self._step(layer, start + (stop - start) * share)
 
     def _stored_weight(self, work: WorkFolder, layer: int, linear: str) -> Tensor:
         name = f"layers.{layer}.{linear}"

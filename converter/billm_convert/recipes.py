@@ -8,9 +8,10 @@ from billm_convert.refined import RefinedSettings, solve_refined
 from billm_convert.settings import ConvertSettings
 from billm_convert.solved import SolvedLinear
 from billm_convert.solver import PaperSettings, solve_linear
+from billm_convert.streams import Inputs
 
-# From the weights [rows, cols] of all Linears that read an input, and its Hessian [cols, cols].
-Recipe = Callable[[Sequence[Tensor], Tensor], list[SolvedLinear]]
+# From the weights [rows, cols] of all Linears that read an input, and what calibration knows of it.
+Recipe = Callable[[Sequence[Tensor], Inputs], list[SolvedLinear]]
 
 
 def choose_recipe(settings: ConvertSettings) -> Recipe:
@@ -18,8 +19,20 @@ def choose_recipe(settings: ConvertSettings) -> Recipe:
     fewest = min(3, settings.max_salient)
     if settings.recipe != "paper":  # "tuned" begins with it
         refined = RefinedSettings(settings.block_size, fewest, settings.max_salient, settings.dampening)
-        return lambda weights, hessian: solve_refined(weights, hessian, refined)
-    paper = PaperSettings(
-        block_size=settings.block_size, min_salient=fewest, max_salient=settings.max_salient, damp=settings.dampening
+        return lambda weights, inputs: solve_refined(
+            weights, inputs.hessian, refined, inputs.drift, inputs.hidden_drift
+        )
+    paper = _paper(settings, fewest)
+    return lambda weights, inputs: [solve_linear(weight, inputs.hessian, paper) for weight in weights]
+
+
+def _paper(settings: ConvertSettings, fewest: int) -> PaperSettings:
+    without_salient = settings.ablation == "splitting-only"
+    return PaperSettings(
+        block_size=settings.block_size,
+        min_salient=0 if without_salient else fewest,
+        max_salient=0 if without_salient else settings.max_salient,
+        damp=settings.dampening,
+        compensation="none" if settings.ablation == "no-compensation" else "quotient",
+        splitting=settings.ablation != "salient-only",
     )
-    return lambda weights, hessian: [solve_linear(weight, hessian, paper) for weight in weights]

@@ -3,6 +3,7 @@
 Matrices are transposed here, [cols, rows]: a column of W is then contiguous, and columns are what is worked through.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from billm_convert.binarize import MAX_CODE, row_step
 from billm_convert.hessian import InverseFactor, factor_inverse
 from billm_convert.salient import salience, select_columns
-from billm_convert.solved import SolvedLinear, check_problem, relative_errors
+from billm_convert.solved import SolvedLinear, check_problem, relative_errors, weight_error
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear, pack_bits
@@ -35,6 +36,7 @@ class RefinedSettings:
     max_salient: int = 30
     damp: float = 0.05  # lambda as a share of mean(diag H)
     sweeps: int = 4
+    follow: float = 0.5  # how far the weights make up for drifted inputs
 
     def __post_init__(self) -> None:
         """Raise UsageError unless the numbers can be used."""
@@ -57,7 +59,7 @@ class _Block:
     columns: slice
     salient: Tensor  # bool [n]
     positive: Tensor  # bool [n, rows]
-    large: Tensor  # bool [n, rows]: the larger of the two magnitudes of the column's class
+    large: Tensor  # bool [n, rows]: the second magnitude of the column's class, in general the larger one
     scales: Tensor  # [4, rows], in the file's order
 
     def level(self) -> Tensor:
@@ -65,18 +67,51 @@ class _Block:
         return _level(self.positive, self.large, self.salient, _magnitudes(self.scales))
 
 
-def solve_refined(weights: Sequence[Tensor], hessian: Tensor, settings: RefinedSettings) -> list[SolvedLinear]:
+def solve_refined(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    settings: RefinedSettings,
+    drift: Tensor | None = None,
+    hidden_drift: Tensor | None = None,
+) -> list[SolvedLinear]:
     """Binarize the Linears `weights`, each [rows, cols], that all read the inputs with this Hessian [cols, cols].
 
-    They share one col_scale. Works on the weights' device and in their dtype: float32, or float64 for comparisons. The
-    same input gives the same bytes on the same machine. UsageError: values that are not finite, a Hessian that is none.
-    ValueError: shapes.
+    They share one col_scale. `drift` [cols, cols] says how these inputs miss the original model's and `hidden_drift`
+    [rows, cols], for a single Linear, how the hidden states do that its output is added to (`DriftAccumulator`): the
+    weights first make up for a part of both. Works on the weights' device and in their dtype: float32, or float64 for
+    comparisons. The same input gives the same bytes on the same machine. UsageError: values that are not finite, a
+    Hessian that is none. ValueError: shapes.
     """
     for weight in weights:
         check_problem(weight, hessian)
     factor = factor_inverse(hessian, settings.damp)
-    col_scale = column_scale(weights)
-    return [_solve(weight, hessian, factor, col_scale, settings) for weight in weights]
+    targets = list(weights)
+    if drift is not None:
+        targets = [_follow(weight, drift, hidden_drift, factor, settings.follow) for weight in weights]
+    col_scale = column_scale(targets)
+    solved = [_solve(target, hessian, factor, col_scale, settings) for target in targets]
+    if drift is None:
+        return solved
+    return [_judged_by(weight, linear) for weight, linear in zip(weights, solved, strict=True)]
+
+
+def _follow(weight: Tensor, drift: Tensor, hidden_drift: Tensor | None, factor: InverseFactor, share: float) -> Tensor:
+    """Move `weight` by a share of the way to where what it reads now gives what the original model has here.
+
+    Least squares: with inputs X, the original's X̃, and D what the hidden states lack, the whole way is
+    (W (X̃ - X) + D) Xᵀ (X Xᵀ + λI)⁻¹. More than a share of it would fit the calibration text alone.
+    """
+    upper = factor.upper.to(weight)
+    wanted = weight @ drift.to(weight)
+    if hidden_drift is not None:
+        wanted += hidden_drift.to(weight)
+    return weight + share * (wanted @ upper.T) @ upper
+
+
+def _judged_by(weight: Tensor, solved: SolvedLinear) -> SolvedLinear:
+    """Return `solved` with the weight error against `weight`: the original, not what the solver aimed at."""
+    delta = weight - torch.from_numpy(solved.packed.dequantize()).to(weight)
+    return dataclasses.replace(solved, weight_error=weight_error(weight, delta))
 
 
 def column_scale(weights: Sequence[Tensor]) -> Tensor:
@@ -151,21 +186,21 @@ def _split(here: Tensor, salient: Tensor, importance: Tensor) -> Tensor:
     magnitude = here.abs()
     pairs = []
     for members in (1 - salient, salient):
-        weight = (importance * members)[:, None]
-        whole, total = weight.sum(), (magnitude * weight).sum(0)
-        border = total / whole.clamp(min=torch.finfo(here.dtype).tiny)
-        small = large = border
+        weight = (importance * members)[:, None].expand_as(magnitude)
+        border = small = large = _mean(magnitude, weight, torch.zeros_like(magnitude[0]))
         for _ in range(_SPLIT_STEPS):
             above = weight * torch.gt(magnitude, border, out=torch.empty_like(magnitude))
-            count = above.sum(0)
-            inside = (above * magnitude).sum(0)
-            large = torch.where(count > 0, inside / count, border)
-            rest = whole - count
-            small = torch.where(rest > 0, (total - inside) / rest, border).clamp(min=0)
+            small, large = _mean(magnitude, weight - above, border), _mean(magnitude, above, border)
             border = (small + large) / 2
         pairs.append((small, large))
     (concentrated, sparse), (small, large) = pairs
     return torch.stack((concentrated, sparse, (large + small) / 2, (large - small) / 2))
+
+
+def _mean(magnitude: Tensor, weight: Tensor, otherwise: Tensor) -> Tensor:
+    """Return each row's weighted mean [rows] of magnitudes [n, rows]; `otherwise` where all weights are 0."""
+    whole = weight.sum(0)
+    return torch.where(whole > 0, (magnitude * weight).sum(0) / whole, otherwise)
 
 
 def _assign(here: Tensor, inner: Tensor, salient: Tensor, scales: Tensor) -> _Block:
@@ -231,7 +266,9 @@ def _nearest(wanted: Tensor, pair: Tensor, positive: Tensor, large: Tensor) -> T
     """Return the nearest of the four levels ±pair[0], ±pair[1] for each of `wanted` [rows]; fill in its codes."""
     torch.ge(wanted, 0, out=positive)
     torch.gt(wanted.abs(), (pair[0] + pair[1]) / 2, out=large)
-    return torch.where(large, pair[1], pair[0]).copysign(wanted)
+    large ^= pair[0] > pair[1]  # a fit can turn the two around
+    level = torch.where(large, pair[1], pair[0])
+    return torch.where(positive, level, -level)
 
 
 def _fit(block: _Block, metric: Tensor, wanted: Tensor, *, whole: bool = False) -> Tensor:
@@ -320,13 +357,14 @@ def _solved(
         row_scale=step.cpu().numpy(),
         col_scale=col_scale.cpu().numpy(),
     )
-    error, weight_error = relative_errors(weight, weight - torch.from_numpy(packed.dequantize()).to(weight), hessian)
+    delta = weight - torch.from_numpy(packed.dequantize()).to(weight)
+    output, own = relative_errors(weight, delta, hessian)
     columns = int(salient.sum())
     sparse = int((large & ~salient).sum())
     return SolvedLinear(
         packed=packed,
-        error=error,
-        weight_error=weight_error,
+        error=output,
+        weight_error=own,
         salient_fraction=columns / cols,
         sparse_fraction=sparse / (rows * (cols - columns)),
         damp=damp,

@@ -41,8 +41,11 @@ def describe_device(device: torch.device) -> str:
     return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int) -> dict[str, int]:
-    """Return the bytes that a conversion takes, by kind, for `tokens` calibration tokens, `batch_tokens` at once."""
+def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int, streams: int = 1) -> dict[str, int]:
+    """Return the bytes that a conversion takes, by kind, for `tokens` calibration tokens, `batch_tokens` at once.
+
+    With two `streams` the text also goes through the original blocks.
+    """
     linears = config.linears().values()
     weights = 4 * sum(rows * cols for rows, cols, _ in linears)
     inputs = [
@@ -51,8 +54,8 @@ def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int) -> dict[str
     largest = max(rows * cols for rows, cols, _ in linears)
     widest = max(inputs)
     return {
-        "hidden_states": 4 * tokens * config.hidden_size,
-        "block_weights": weights,
+        "hidden_states": streams * 4 * tokens * config.hidden_size,
+        "block_weights": streams * weights,
         # Hessians of all inputs in float32, and what factoring the widest takes in float64.
         "hessians": 4 * sum(cols * cols for cols in inputs) + 3 * 8 * widest * widest,
         "solver": 6 * 4 * largest,

@@ -12,7 +12,10 @@ from billm_format.errors import UsageError
 TUNED = "tuned"  # trains what "refined" found
 RECIPES = ("paper", "refined", TUNED)
 COL_SCALED = ("refined", TUNED)  # recipes whose Linears have a scale per column
+FOLLOWED = ("refined", TUNED)  # recipes calibrated on two streams, Linear by Linear
 DAMP = {"paper": 0.01, "refined": 0.05, TUNED: 0.05}
+# What can be left out of the paper's recipe (its Fig. 8, and the compensation).
+ABLATIONS = ("salient-only", "splitting-only", "no-compensation")
 SELF = "self"  # --calib: text that the full-precision model writes itself
 
 # The paper's calibration, and what a CPU gets through in minutes: (windows, tokens in each).
@@ -44,6 +47,7 @@ class ConvertSettings:
 
     recipe: str = "paper"
     effort: str = "normal"  # of the recipe "tuned": a key of EFFORTS
+    ablation: str | None = None  # "salient-only": no split; "splitting-only": no salient columns; "no-compensation"
     block_size: int = 128
     max_salient: int = 30  # most salient columns in a block
     damp: float | None = None  # added to the Hessian's diagonal, as a share of its mean; None: the recipe's own
@@ -65,6 +69,10 @@ class ConvertSettings:
             raise UsageError(f"--recipe: wanted one of {', '.join(RECIPES)}, found {self.recipe!r}")
         if self.effort not in EFFORTS:
             raise UsageError(f"--effort: wanted one of {', '.join(EFFORTS)}, found {self.effort!r}")
+        if self.ablation is not None and self.ablation not in ABLATIONS:
+            raise UsageError(f"--ablation: wanted one of {', '.join(ABLATIONS)}, found {self.ablation!r}")
+        if self.ablation is not None and self.recipe != "paper":
+            raise UsageError(f"--ablation takes the paper's recipe apart, not {self.recipe}: leave one of them out")
         if self.block_size not in BLOCK_SIZES:
             raise UsageError(f"--block-size: wanted one of {', '.join(map(str, BLOCK_SIZES))}, found {self.block_size}")
         if not 0 <= self.max_salient <= self.block_size:

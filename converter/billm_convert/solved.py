@@ -45,10 +45,13 @@ def relative_errors(weight: Tensor, delta: Tensor, hessian: Tensor) -> tuple[flo
         # Rounding can leave a tiny negative where H is singular.
         return max(0.0, float((matrix @ metric).mul_(matrix).sum(dtype=torch.float64)))
 
-    def square(matrix: Tensor) -> float:
-        return float(matrix.square().sum(dtype=torch.float64))
+    return _quotient(energy(delta), energy(weight)), weight_error(weight, delta)
 
-    return _quotient(energy(delta), energy(weight)), _quotient(square(delta), square(weight))
+
+def weight_error(weight: Tensor, delta: Tensor) -> float:
+    """Return ||D||² / ||W||²."""
+    delta_square, square = (float(matrix.square().sum(dtype=torch.float64)) for matrix in (delta, weight))
+    return _quotient(delta_square, square)
 
 
 def _quotient(error: float, whole: float) -> float:

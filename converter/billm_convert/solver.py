@@ -20,7 +20,7 @@ from billm_format.packing import PackedLinear, pack_bits
 
 @dataclass(frozen=True)
 class PaperSettings:
-    """What the paper leaves to choose; the defaults are its own. The last three are for comparison with its rivals."""
+    """What the paper leaves to choose; the defaults are its own. The last four are for comparisons."""
 
     block_size: int = 128
     min_salient: int = 3  # of each block's columns
@@ -29,6 +29,7 @@ class PaperSettings:
     breakpoint: Breakpoint = "magnitude"  # "percentile": deciles of the weights instead of tenths of the largest one
     search_on: Literal["weights", "salience"] = "weights"  # "salience": both searches on S, as the authors' code does
     compensation: Literal["quotient", "exact", "none"] = "quotient"  # "quotient": Algorithm 1, line 12
+    splitting: bool = True  # False: one group of non-salient weights
 
     def __post_init__(self) -> None:
         """Raise UsageError unless the numbers can be used."""
@@ -82,7 +83,9 @@ def _solve_blocks(weight: Tensor, upper: Tensor, settings: PaperSettings, step: 
         sensitivity = salience(block, diagonal[start:stop])
         target = block if settings.search_on == "weights" else sensitivity
         salient = select_columns(target, sensitivity, settings.min_salient, settings.max_salient)
-        sparse = sparse_group(target, salient, settings.breakpoint)
+        sparse = torch.zeros_like(target)
+        if settings.splitting:
+            sparse = sparse_group(target, salient, settings.breakpoint)
         codes = binarize_block(block, salient, sparse, step)
         _compensate(work, block - codes.weight, upper, start, settings.compensation)
         yield codes

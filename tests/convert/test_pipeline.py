@@ -22,7 +22,7 @@ from convert.hf_models import FAMILIES, save_model, write_text
 from billm_convert import ConvertSettings, Event, convert, pipeline
 from billm_convert.block import DecoderBlock, Rotary
 from billm_convert.cli import main
-from billm_convert.settings import RECIPES, TUNED
+from billm_convert.settings import ABLATIONS, RECIPES, TUNED
 from billm_convert.source import open_model
 from billm_convert.workdir import WorkFolder
 from billm_format.errors import DoesNotFitError, UsageError
@@ -129,6 +129,26 @@ def test_record_and_report(tmp_path: Path, seed: int) -> None:
     shares = [event.done for event in events if event.stage == "blocks"]
     assert shares == sorted(shares)
     assert json.loads(json.dumps(report.to_json()))["bits"]["true"] > 2
+
+
+def test_ablations_leave_out_what_they_say(tmp_path: Path, seed: int) -> None:
+    folder, settings = small(tmp_path, "llama", seed)
+    whole = convert(folder, tmp_path / "whole.billm", settings).layers
+    reports = {}
+    for name in ABLATIONS:
+        report = convert(folder, tmp_path / f"{name}.billm", dataclasses.replace(settings, ablation=name))
+        assert report.settings["ablation"] == name
+        reports[name] = report.layers
+    assert all(linear.sparse > 0 and linear.salient > 0 for linear in whole)
+    assert all(linear.sparse == 0 and linear.salient > 0 for linear in reports["salient-only"])
+    assert all(linear.sparse > 0 and linear.salient == 0 for linear in reports["splitting-only"])
+    first = "layers.0.q_proj"  # reads the same in all of them
+    errors = {name: next(linear.error for linear in layers if linear.name == first) for name, layers in reports.items()}
+    assert errors["no-compensation"] != next(linear.error for linear in whole if linear.name == first)
+    with pytest.raises(UsageError, match="--ablation takes the paper's recipe apart, not refined"):
+        dataclasses.replace(settings, recipe="refined", ablation="salient-only")
+    with pytest.raises(UsageError, match="--ablation: wanted one of"):
+        dataclasses.replace(settings, ablation="nothing")
 
 
 def test_sixteen_bit_embeddings(tmp_path: Path, seed: int) -> None:

@@ -12,7 +12,7 @@ from billm_convert.binarize import row_step
 from billm_convert.hessian import factor_inverse
 from billm_convert.solver import PaperSettings, SolvedLinear, _compensate, _solve_blocks, solve_linear
 from billm_format.errors import UsageError
-from billm_format.layout import ALPHA_O, ALPHA_R
+from billm_format.layout import ALPHA_O, ALPHA_R, ALPHA_S
 from billm_format.packing import unpack_bits
 
 BLOCK = 32
@@ -157,6 +157,17 @@ def test_searching_on_salience_changes_the_masks(seed: int, options: dict[str, s
     other = solve_linear(weight, hessian, PaperSettings(BLOCK, **options))  # type: ignore[arg-type]
     assert _bytes(paper) != _bytes(other)
     assert other.error == pytest.approx(_error(weight, other.packed.dequantize(), hessian), rel=1e-4)
+
+
+def test_without_the_split_every_non_salient_weight_has_one_scale(seed: int) -> None:
+    weight, hessian = _problem(seed)
+    solved = solve_linear(weight, hessian, PaperSettings(BLOCK, splitting=False))
+    salient = unpack_bits(solved.packed.salient, solved.packed.cols)
+    assert salient.any()
+    assert solved.sparse_fraction == 0
+    assert not solved.packed.scales[..., ALPHA_S].any()
+    assert not unpack_bits(solved.packed.second, solved.packed.cols)[:, ~salient].any()
+    assert solved.error > solve_linear(weight, hessian, PaperSettings(BLOCK)).error
 
 
 def test_same_input_same_bytes(seed: int) -> None:

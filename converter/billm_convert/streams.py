@@ -1,0 +1,133 @@
+"""The calibration text on its way through the blocks, and what each Linear of a block reads of it.
+
+The paper's way: all inputs of a block are those of its original weights, on hidden states that the binarized blocks
+before it made. `FollowedStream` is closer to what will run: a Linear's inputs come from the Linears before it as they
+are stored, in the same block too, and a second stream through the original model tells what they should have been.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from billm_convert.block import HALVES, DecoderBlock, input_groups
+from billm_convert.hessian import DriftAccumulator, HessianAccumulator
+from billm_format.config import ModelConfig
+
+# The groups whose outputs are added to the hidden states.
+_ADDED = ("o", "down")
+
+# Told the share of a piece of work that is done.
+Told = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe gets to know about the inputs of the Linears `linears`."""
+
+    linears: tuple[str, ...]
+    hessian: Tensor  # [cols, cols], `HessianAccumulator.result`
+    # How these inputs miss the original model's, [cols, cols], and, where the Linear's output is added to the hidden
+    # states, how those do, [rows, cols]: `DriftAccumulator.result`. None: not measured.
+    drift: Tensor | None = None
+    hidden_drift: Tensor | None = None
+
+
+class Stream:
+    """Hidden states float32 [windows, seqlen, hidden] on the CPU, carried through the binarized blocks in batches."""
+
+    def __init__(self, config: ModelConfig, hidden: Tensor, batch: int, device: torch.device) -> None:
+        """Keep `hidden`, which changes as the text advances; `batch` windows go through a block at once."""
+        self._config = config
+        self._hidden = hidden
+        self._batch = batch
+        self._device = device
+
+    def inputs(self, block: DecoderBlock, original: DecoderBlock, told: Told) -> Iterator[Inputs]:
+        """Yield what each group of Linears reads in the block as it is before any of them is replaced."""
+        groups = input_groups(self._config)
+        shapes = self._config.linears()
+        hessians = {group: HessianAccumulator(shapes[linears[0]][1], self._device) for group, linears in groups.items()}
+        batches = self._batches(self._hidden)
+        for index, batch in enumerate(batches):
+            block.observe(batch.to(self._device), lambda group, x: hessians[group].add(x))
+            told(0.6 * (index + 1) / len(batches))
+        for index, (group, linears) in enumerate(groups.items()):
+            yield Inputs(linears, hessians.pop(group).result())
+            told(0.6 + 0.4 * (index + 1) / len(groups))
+
+    def advance(self, block: DecoderBlock, original: DecoderBlock, told: Told) -> None:
+        """Replace the hidden states by the output of `block`, all its Linears replaced."""
+        self._run(self._hidden, block.forward, told)
+
+    def finite(self) -> bool:
+        """Whether all hidden states are finite."""
+        return bool(torch.isfinite(self._hidden).all())
+
+    def _batches(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(hidden, self._batch)
+
+    def _run(self, hidden: Tensor, step: Callable[[Tensor], Tensor], told: Told) -> None:
+        batches = self._batches(hidden)
+        for index, batch in enumerate(batches):
+            batch.copy_(step(batch.to(self._device)))
+            told((index + 1) / len(batches))
+
+
+class FollowedStream(Stream):
+    """A stream whose block is replaced Linear by Linear, beside the same text's stream through the original blocks."""
+
+    def __init__(self, config: ModelConfig, hidden: Tensor, batch: int, device: torch.device) -> None:
+        """Begin both streams with `hidden`."""
+        super().__init__(config, hidden, batch, device)
+        self._wanted = hidden.clone()
+        self._halves_done = 0  # of the block that is being replaced
+
+    def inputs(self, block: DecoderBlock, original: DecoderBlock, told: Told) -> Iterator[Inputs]:
+        """Yield what each group of Linears reads, those before it in `block` being replaced by now."""
+        groups = input_groups(self._config)
+        done = 0
+        for half, names in enumerate(HALVES.values()):
+            if half > 0:
+                self._advance_half(half - 1, block, original, lambda share: None)
+            for group in names:
+                yield self._measure(group, groups[group], block, original, _part(told, done, len(groups)))
+                done += 1
+
+    def _measure(
+        self, group: str, linears: tuple[str, ...], block: DecoderBlock, original: DecoderBlock, told: Told
+    ) -> Inputs:
+        rows, cols, _ = self._config.linears()[linears[0]]
+        hessian = HessianAccumulator(cols, self._device)
+        drift = DriftAccumulator(cols, cols, self._device)
+        hidden_drift = DriftAccumulator(rows, cols, self._device) if group in _ADDED else None
+        batches = self._batches(self._hidden)
+        for index, pair in enumerate(zip(batches, self._batches(self._wanted), strict=True)):
+            hidden, wanted = (part.to(self._device) for part in pair)
+            x = block.read_by(group, hidden)
+            hessian.add(x.flatten(0, 1))
+            drift.add((original.read_by(group, wanted) - x).flatten(0, 1), x.flatten(0, 1))
+            if hidden_drift is not None:
+                # Without the first token: in many models its hidden state is a thousand times the others' size, and
+                # would be all that is seen. Norms hide that from what Linears read.
+                hidden_drift.add((wanted - hidden)[:, 1:].flatten(0, 1), x[:, 1:].flatten(0, 1))
+            told((index + 1) / len(batches))
+        return Inputs(linears, hessian.result(), drift.result(), hidden_drift.result() if hidden_drift else None)
+
+    def advance(self, block: DecoderBlock, original: DecoderBlock, told: Told) -> None:
+        """Replace both streams' hidden states by the outputs of their blocks."""
+        left = range(self._halves_done, len(HALVES))
+        for index, half in enumerate(left):
+            self._advance_half(half, block, original, _part(told, index, len(left)))
+        self._halves_done = 0
+
+    def _advance_half(self, half: int, block: DecoderBlock, original: DecoderBlock, told: Told) -> None:
+        for place, (hidden, of) in enumerate(((self._hidden, block), (self._wanted, original))):
+            self._run(hidden, (of.attention_half, of.mlp_half)[half], _part(told, place, 2))
+        self._halves_done = half + 1
+
+
+def _part(told: Told, index: int, parts: int) -> Told:
+    """Return what tells of one of several equal parts as of a share of the whole."""
+    return lambda share: told((index + share) / parts)
