@@ -100,7 +100,7 @@ class LinearReport:
 class Event:
     """One step of progress: `done` of `total`, fractions of a block included, or something to say."""
 
-    stage: Literal["note", "sampling", "blocks", "tuning blocks", "tuning model", "writing"]
+    stage: Literal["note", "sampling", "blocks", "targets", "tuning blocks", "tuning model", "writing"]
     done: float = 0.0
     total: float = 0.0
     text: str = ""
