@@ -16,6 +16,7 @@ from billm_convert.settings import CheckReport, ConvertReport, Event, LinearRepo
 _LABELS = {
     "sampling": "sampling text",
     "blocks": "binarizing",
+    "targets": "running the full-precision model",
     "tuning blocks": "tuning blocks",
     "tuning model": "tuning the model",
     "writing": "writing",
@@ -70,18 +71,18 @@ class Display:
                 self._bar.add_task(_LABELS[event.stage], total=event.total, text="")
         left = self._clock.left(event.done, event.total)
         if self._bar:
-            counts = (
-                f"block {min(int(event.done) + 1, int(event.total))}/{int(event.total)}, "
-                if event.stage == "blocks"
-                else f"{event.text}, "
-                if event.text
-                else ""
-            )
-            self._bar.update(self._bar.task_ids[-1], completed=event.done, text=f"{counts}{left}")
+            self._bar.update(self._bar.task_ids[-1], completed=event.done, text=f"{_where(event)}{left}")
         elif event.text:
             self._console.print(f"{_LABELS[event.stage]}: {event.text}, {left}", markup=False)
         elif event.linears:
             self._console.print(block_line(event.linears, int(event.total), left), markup=False)
+
+
+def _where(event: Event) -> str:
+    """Return what a bar says beside the time left: which block, or what the event has to tell."""
+    if event.stage == "blocks":
+        return f"block {min(int(event.done) + 1, int(event.total))}/{int(event.total)}, "
+    return f"{event.text}, " if event.text else ""
 
 
 class _Clock:

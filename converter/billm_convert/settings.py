@@ -122,7 +122,7 @@ class LinearReport:
 class Event:
     """One step of progress: `done` of `total`, fractions of a block included, or something to say."""
 
-    stage: Literal["note", "sampling", "blocks", "tuning blocks", "tuning model", "writing", "checking"]
+    stage: Literal["note", "sampling", "blocks", "targets", "tuning blocks", "tuning model", "writing", "checking"]
     done: float = 0.0
     total: float = 0.0
     text: str = ""

@@ -1,5 +1,6 @@
 """The recipe "tuned": what a solver found, trained on some hundred windows of text towards the full-precision model."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from billm_convert.tune_text import HELD_OUT, TuningText
 from billm_convert.tune_train import BlockLoss, Trainer, logit_distance, quick_products, tune_block
 from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import ModelConfig, Quantization
+from billm_format.errors import UsageError
 
 # Measured on SmolLM2-135M. A block alone has few steps and bears large ones: in 100 steps, latents at 0, 1, 4 and 12
 # bring block 14's held-out error from 0.256 to 0.190, 0.182, 0.166 and 0.173. The whole model does not: twice these
@@ -126,7 +128,7 @@ class Tuning:
                     self._work.save_block(layer, block_tensors(layer, block.result()), errors, "tuned")
                     told = f"error {errors[0]:.4f} -> {errors[1]:.4f}"
                 self._advance(block, hidden)
-            self._progress(Event("tuning blocks", layer + 1, layers, told))
+            self._progress(Event("tuning blocks" if trained else "targets", layer + 1, layers, told))
         tables = self._tables(stored=False)
         ends = [finish(self._config, tables, window.to(self._device)).cpu() for window in wanted]
         return to_float16("of final hidden states", torch.stack(ends))
@@ -151,7 +153,9 @@ class Tuning:
         before = judge()
         order = self._order(training, self._effort.block_steps, layer)
         tune_block(block, loss, hidden, wanted, BLOCK_RATES, order)
-        return [before, judge()]
+        after = judge()
+        _check_finite(after, f"block {layer}")
+        return [before, after]
 
     def _block_loss(self, layer: int) -> BlockLoss:
         """Return the loss that sees block `layer`'s output as the norm behind it does."""
@@ -249,6 +253,7 @@ class Tuning:
         while trainer.step < steps:
             with quick_products():
                 loss, gradient, hidden = distance(order[trainer.step])
+                _check_finite(loss, f"step {trainer.step}")
                 torch.autograd.backward(hidden, gradient)
             trainer.update()
             losses = [*losses, loss][-_TELL_EVERY:]
@@ -257,6 +262,11 @@ class Tuning:
             if trainer.step % _SAVE_EVERY == 0 and trainer.step < steps:
                 self._work.save_training(trainer.state(), {"step": trainer.step, "before": before})
         return model, {"kl_before": before, "kl_after": judge()}
+
+
+def _check_finite(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise UsageError(f"training failed at {where}: the loss is not finite; take another text or another recipe")
 
 
 class _FirstInputs:

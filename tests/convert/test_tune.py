@@ -1,6 +1,7 @@
 """Training as part of a conversion: it helps, keeps to the format, and goes on after a kill as if nothing had been."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from billm_convert import ConvertSettings, Event, convert, settings
 from billm_convert.cli import main
 from billm_convert.report import tuning_line
 from billm_convert.settings import Effort
-from billm_convert.tune_block import TunedBlock, block_start, block_tensors
+from billm_convert.tune_block import Rates, TunedBlock, block_start, block_tensors
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import all_tensors
 from billm_format.reader import BillmFile
@@ -136,3 +137,13 @@ def test_the_command_shows_progress_and_the_outcome(
     assert shown.err.count("tuning blocks: error ") == 2
     assert shown.err.count("tuning the model: KL ") == 2
     assert " left" in shown.err
+
+
+def test_a_training_that_fails_says_so(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from billm_convert import tune
+
+    options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=4, block_steps=0, model_steps=9))
+    monkeypatch.setattr(tune, "MODEL_RATES", Rates(latents=1, codes=1, vectors=math.inf))
+    with pytest.raises(UsageError, match="training failed at step 1: the loss is not finite"):
+        convert(tmp_path / "model", tmp_path / "out.billm", options)
+    assert not (tmp_path / "out.billm").exists()
