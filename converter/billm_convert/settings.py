@@ -45,7 +45,7 @@ EFFORTS = {
 class ConvertSettings:
     """How to convert; None: chosen when the conversion starts, and said."""
 
-    recipe: str = "paper"
+    recipe: str = "refined"
     effort: str = "normal"  # of the recipe "tuned": a key of EFFORTS
     ablation: str | None = None  # "salient-only": no split; "splitting-only": no salient columns; "no-compensation"
     block_size: int = 128

@@ -31,16 +31,18 @@ from billm_format.reader import BillmFile
 
 ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = {"nsamples": 3, "seqlen": 24, "block_size": 32, "max_salient": 8}
+# Training takes its time even for a tiny model; test_tune.py has shorter ones.
+RECIPE_CASES = [pytest.param(name, marks=pytest.mark.slow if name == TUNED else ()) for name in RECIPES]
 
 
 def small(folder: Path, family: str, seed: int, **changes: Any) -> tuple[Path, ConvertSettings]:
     """Save a model and a text; return the model's folder and settings that convert it in a blink."""
     save_model(folder / "model", family, seed, **changes)
     text = write_text(folder / "text.txt", seed)
-    return folder / "model", ConvertSettings(calib=str(text), seed=seed % 1000, **SIZES)
+    return folder / "model", ConvertSettings(recipe="paper", calib=str(text), seed=seed % 1000, **SIZES)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPE_CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_file_holds_the_model(family: str, recipe: str, tmp_path: Path, seed: int) -> None:
     """Dequantized weights put into Hugging Face's own model and the original's errors must agree with the report."""
@@ -195,7 +197,7 @@ def stop_at(share: float) -> Any:
     return watch
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPE_CASES)
 @pytest.mark.parametrize("family", ["llama-biased", "opt-350m"])
 def test_resume_gives_the_same_bytes(family: str, recipe: str, tmp_path: Path, seed: int) -> None:
     folder, settings = small(tmp_path, family, seed, num_hidden_layers=3)
