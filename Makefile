@@ -37,7 +37,7 @@ demo: $(DEMO)/.model
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# What a developer runs all the time: under two minutes.
+# What a developer runs all the time: two to three minutes on two cores.
 quick: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow"
 

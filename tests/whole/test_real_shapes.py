@@ -44,7 +44,9 @@ def test_real_shape_converts_and_computes_what_transformers_does(family: str, tm
     twin = save_model(tmp_path / "model", family, seed, **SHAPES[family])
     text = write_text(tmp_path / "text.txt", seed)
     out = tmp_path / "out.billm"
-    report = convert(tmp_path / "model", out, ConvertSettings(calib=str(text), nsamples=2, seqlen=128, seed=seed))
+    report = convert(
+        tmp_path / "model", out, ConvertSettings("paper", calib=str(text), nsamples=2, seqlen=128, seed=seed)
+    )
     assert report.bits_true <= 2.30
     with BillmFile.open(out) as file:
         file.verify()
