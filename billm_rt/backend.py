@@ -59,7 +59,7 @@ class Backend(Protocol):
     device: str  # "cpu"
     isa: str  # the instruction set or path in use: "avx2", "numpy", "exact"
     reason: str  # why this back end was chosen, for people
-    kv_dtype: DTypeLike  # of the KV cache: float32 or int16
+    kv_dtype: DTypeLike  # of the KV cache: float32, int16 or int8
     chunk: (
         int  # tokens that pass through the decoder together: many share the unpacking of the weights, few take memory
     )
@@ -125,14 +125,17 @@ class Backend(Protocol):
         ...
 
 
-def choose(device: str, *, exact: bool = False, threads: int | None = None, activation_bits: int = 16) -> Backend:
+def choose(
+    device: str, *, exact: bool = False, threads: int | None = None, activation_bits: int = 16, kv_bits: int = 16
+) -> Backend:
     """Return the back end for `device` ("auto" or "cpu"); UsageError names what is not there.
 
-    `exact` takes the float32 NumPy path; else integer activations of `activation_bits` (8 or 16), by the
-    native kernels where they can be loaded.
+    `exact` takes the float32 NumPy path; else integer activations of `activation_bits` and a KV cache of `kv_bits`
+    (8 or 16), by the native kernels where they can be loaded.
     """
-    if activation_bits not in (8, 16):
-        raise UsageError(f"activation bits {activation_bits}: wanted 8 or 16")
+    for name, bits in (("activation bits", activation_bits), ("KV cache bits", kv_bits)):
+        if bits not in (8, 16):
+            raise UsageError(f"{name} {bits}: wanted 8 or 16")
     if threads is not None and not 1 <= threads <= 256:
         raise UsageError(f"--threads {threads}: wanted 1 to 256")
     if device.split(":")[0] == "cuda":
@@ -147,4 +150,4 @@ def choose(device: str, *, exact: bool = False, threads: int | None = None, acti
         return ReferenceBackend("exact", "float32 NumPy, slow: the exact path was asked for")
     if threads is not None:
         cpu.set_threads(threads)
-    return CpuBackend(activation_bits)
+    return CpuBackend(activation_bits, kv_bits)

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from billm_format.command import add_common_options, emit_json, run_command
+from billm_format.command import add_common_options, add_model_options, emit_json, run_command
 from billm_format.errors import UsageError
+from billm_rt import options
 
 if TYPE_CHECKING:
     from billm_rt.bench import Speed
@@ -37,19 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="FILE.billm", type=Path)
     parser.add_argument(
-        "--prompt", type=_positive, default=512, metavar="N", help="tokens of the prompt (default: 512)"
+        "--prompt", type=options.positive, default=512, metavar="N", help="tokens of the prompt (default: 512)"
     )
-    parser.add_argument("--gen", type=_positive, default=128, metavar="N", help="tokens to decode (default: 128)")
-    parser.add_argument("--repeat", type=_positive, default=5, metavar="N", help="runs of each (default: 5)")
-    parser.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads (default: one per core)")
     parser.add_argument(
-        "--activation-bits",
-        type=int,
-        choices=(8, 16),
-        default=16,
-        help="8: faster, about one percent of perplexity worse (default: 16, all but exact)",
+        "--gen", type=options.positive, default=128, metavar="N", help="tokens to decode (default: 128)"
     )
-    parser.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
+    parser.add_argument("--repeat", type=options.positive, default=5, metavar="N", help="runs of each (default: 5)")
+    add_model_options(parser, exact=False)
     add_common_options(parser)
     return parser
 
@@ -75,7 +70,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> "Model":
-    import billm_rt
     from billm_format.reader import BillmFile
 
     with BillmFile.open(args.model) as file:
@@ -85,13 +79,7 @@ def _load(args: argparse.Namespace) -> "Model":
             raise UsageError(
                 f"{option} {tokens:,} exceeds the model's context of {longest:,} tokens: take that or less"
             )
-    return billm_rt.load(
-        args.model,
-        args.device,
-        threads=args.threads,
-        ctx=max(args.prompt, args.gen),
-        activation_bits=args.activation_bits,
-    )
+    return options.load_model(args.model, args, ctx=max(args.prompt, args.gen))
 
 
 @contextmanager
@@ -139,7 +127,7 @@ def _report(model: "Model", prompt: "Speed", decode: "Speed", args: argparse.Nam
         "device": model.device,
         "isa": model.isa,
         "threads": cpu.threads(),
-        "activations": f"int{args.activation_bits}",
+        **options.describe(args),
     }
 
 
@@ -178,13 +166,6 @@ def _speed(median: float, samples: Sequence[float]) -> str:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"wanted at least 1, found {value}")
-    return value
 
 
 if __name__ == "__main__":

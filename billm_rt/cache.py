@@ -1,5 +1,8 @@
 """Keys and values of the tokens a model has read: grows as needed, can be cut back, never half written."""
 
+import math
+import mmap
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,18 +15,19 @@ Float32 = NDArray[np.float32]
 
 # The first allocation, in tokens; every later one doubles.
 _FIRST_CAPACITY = 256
-# int16 keys lie in groups of this many tokens, element by element: [capacity / 16, width, 16]. A vector of sixteen
+# Integer keys lie in groups of this many tokens, element by element: [capacity / 16, width, 16]. A vector of sixteen
 # scores then needs no sum across its lanes. Capacities are multiples of it. The native decoder relies on this layout.
 _KEY_GROUP = 16
-_INT16_MAX = 32767
+# Windows has no other kind. Elsewhere a child process would write into its parent's.
+_PRIVATE: dict[str, int] = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
 
 class KVCache:
     """Keys and values of every layer for up to `ctx` tokens.
 
-    `dtype` is float32 (exact) or int16: fixed point with one float32 scale per token and head. int16 takes the memory
-    of float16, is more precise where it matters (its error is absmax / 65534) and NumPy turns it into float32 about
-    twenty times faster, the scale being applied to the scores instead of the elements.
+    `dtype` is float32 (exact), int16 or int8: fixed point with one float32 scale per token and head. int16 takes the
+    memory of float16, is more precise where it matters (its error is absmax / 65534) and NumPy turns it into float32
+    about twenty times faster, the scale being applied to the scores instead of the elements. int8 takes half of that.
 
     `tokens` is always what the cache holds: an interrupted write leaves it as it was before.
     """
@@ -77,8 +81,8 @@ class KVCache:
     def room_for(self, count: int) -> tuple[tuple[NDArray[np.generic], Float32], ...]:
         """Grow until `count` more tokens fit and return every layer's (data, scale), for the native decoder to write.
 
-        data: int16 [2, heads, capacity, width], keys (grouped by sixteen tokens) and values; scale float32 [2, heads,
-        capacity]. `commit` makes what was written count.
+        data: int16 or int8 [2, heads, capacity, width], keys (grouped by sixteen tokens) and values; scale float32
+        [2, heads, capacity]. `commit` makes what was written count.
         """
         return tuple(layer.room_for(len(self), len(self) + count) for layer in self._layers)
 
@@ -88,7 +92,8 @@ class _Layer:
 
     def __init__(self, heads: int, width: int, ctx: int, dtype: np.dtype[np.generic]) -> None:
         self._ctx = ctx
-        self._scaled = dtype == np.int16
+        self._scaled = dtype.kind == "i"
+        self._top = 2 ** (8 * dtype.itemsize - 1) - 1  # of such an integer
         self._data: NDArray[np.generic] = np.empty((2, heads, 0, width), dtype)
         self._scale: Float32 = np.empty((2, heads, 0), np.float32)
 
@@ -109,7 +114,7 @@ class _Layer:
             return
         both = np.array((keys, values))  # [2, tokens, heads, width]
         scale = np.abs(both).max(axis=3)
-        scale *= np.float32(1 / _INT16_MAX)
+        scale *= np.float32(1 / self._top)
         self._scale[:, :, start:stop] = scale.transpose(0, 2, 1)
         # A row of zeros keeps scale 0 and codes 0: dividing by the smallest float instead of 0 sees to that.
         both /= np.maximum(scale, np.finfo(np.float32).tiny, out=scale)[..., None]
@@ -150,7 +155,7 @@ class _Layer:
             return
         capacity = min(self._ctx, max(needed, 2 * capacity, _FIRST_CAPACITY))
         capacity = -(-capacity // _KEY_GROUP) * _KEY_GROUP
-        data = np.empty((2, heads, capacity, width), self._data.dtype)
+        data = _own_pages((2, heads, capacity, width), self._data.dtype)
         kept = -(-used // _KEY_GROUP) * _KEY_GROUP
         # A prefix of the tokens is a prefix of each head's elements, grouped keys included.
         data[:, :, :kept] = self._data[:, :, :kept]
@@ -160,3 +165,15 @@ class _Layer:
             # Before `_data`, whose shape is the capacity: an interrupt may fall between the two.
             self._scale = scale
         self._data = data
+
+
+def _own_pages(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """Return an array in pages of its own: untouched ones take no memory, and all go back when it goes.
+
+    From the C library's heap, what a cache outgrows stays with the process.
+    """
+    try:
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **_PRIVATE)
+    except OSError as error:
+        raise MemoryError("no memory for the KV cache") from error
+    return np.frombuffer(pages, dtype).reshape(shape)

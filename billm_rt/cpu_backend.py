@@ -41,12 +41,12 @@ class CpuBackend(ReferenceBackend):
 
     chunk = 256
 
-    def __init__(self, activation_bits: int = 16) -> None:
+    def __init__(self, activation_bits: int = 16, kv_bits: int = 16) -> None:
         self._bits = activation_bits
         why = cpu.unavailable_reason()
         reason = f"native kernels, {cpu.isa()}" if why is None else f"NumPy, right but many times slower: {why}"
         reason += f", {activation_bits}-bit activations"
-        super().__init__(cpu.isa(), reason, np.int16)  # int16: see KVCache
+        super().__init__(cpu.isa(), reason, np.int8 if kv_bits == 8 else np.int16)
 
     def load_linears(self, linears: Sequence[PackedLinear]) -> Any:
         """Sort the Linears by the quantized activation they can share."""

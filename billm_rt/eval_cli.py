@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from billm_format.command import add_common_options, emit_json, finite, run_command
+from billm_format.command import add_common_options, add_model_options, emit_json, finite, run_command
 from billm_format.errors import UsageError
-from billm_rt import eval_tasks
+from billm_rt import eval_tasks, options
 from billm_rt.eval_score import BillmReader, Reader, Score, evaluate
 
 SCHEMA, SCHEMA_VERSION = "billm-eval", 1
@@ -40,12 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tasks", metavar="A,B,...", default=",".join(eval_tasks.PAPER), help="default: the paper's (%(default)s)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only (default: all)")
-    parser.add_argument(
-        "--activation-bits", type=int, choices=(8, 16), default=16, help="of a .billm file's model (default: 16)"
-    )
-    parser.add_argument("--exact", action="store_true", help="float32 activations of a .billm file's model (slow)")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
-    parser.add_argument("--device", default="auto", help="of a .billm file's model: auto or cpu (default: auto)")
+    add_model_options(parser, exact=True)
     add_common_options(parser)
     return parser
 
@@ -87,13 +82,8 @@ def _reader(args: argparse.Namespace) -> Iterator[tuple[Reader, dict[str, Any]]]
 
         yield against.load_reader(args.model, args.threads), {"device": "cpu", "isa": "torch", "activations": "float32"}
         return
-    import billm_rt
-
-    activations = "float32" if args.exact else f"int{args.activation_bits}"
-    with billm_rt.load(
-        args.model, args.device, threads=args.threads, exact=args.exact, activation_bits=args.activation_bits
-    ) as model:
-        yield BillmReader(model), {"device": model.device, "isa": model.isa, "activations": activations}
+    with options.load_model(args.model, args) as model:
+        yield BillmReader(model), {"device": model.device, "isa": model.isa, **options.describe(args)}
 
 
 @contextmanager

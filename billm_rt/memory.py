@@ -1,5 +1,6 @@
 """How much memory a model takes: what the file maps, what the KV caches hold, what the process has."""
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,3 +41,11 @@ def peak_resident_bytes() -> int:
         return int(getattr(psutil.Process().memory_info(), "peak_wset"))  # noqa: B009 (a field of Windows alone)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_free_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it otherwise (glibc)."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

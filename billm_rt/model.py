@@ -246,16 +246,18 @@ def load(
     exact: bool = False,
     ctx: int | None = None,
     activation_bits: int = 16,
+    kv_bits: int = 16,
 ) -> Model:
     """Open a `.billm` file and return the model; weights stay mapped, nothing is unpacked.
 
     `device`: "auto" or "cpu". `threads`: of the native kernels (default: their own choice). `exact`: float32 NumPy
     instead of integer activations, very slow. `ctx`: context length in tokens (default: the model's, at most 4096).
-    `activation_bits`: 16, all but exact, or 8, faster (see `cpu_backend`). Raises UsageError on bad arguments or a
-    missing file and CorruptFileError on a damaged one.
+    `activation_bits`: 16, all but exact, or 8, faster (see `cpu_backend`). `kv_bits`: 16, or 8 for half the memory of
+    the KV cache (not with `exact`, which keeps float32). Raises UsageError on bad arguments or a missing file and
+    CorruptFileError on a damaged one.
     """
     begun = time.perf_counter()
-    backend = choose(device, exact=exact, threads=threads, activation_bits=activation_bits)
+    backend = choose(device, exact=exact, threads=threads, activation_bits=activation_bits, kv_bits=kv_bits)
     model = Model(BillmFile.open(Path(path)), backend, ctx)
     model.load_seconds = time.perf_counter() - begun
     return model

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from billm_format.command import add_common_options, emit_json, finite, run_command
+from billm_format.command import add_common_options, add_model_options, emit_json, finite, run_command
 from billm_format.errors import UsageError
 from billm_format.layout import KINDS
 from billm_format.reader import BillmFile
-from billm_rt import ppl, texts
+from billm_rt import options, ppl, texts
 from billm_rt.memory import peak_resident_bytes, resident_bytes
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="FILE.billm", type=Path)
     parser.add_argument("--data", metavar="wikitext2|ptb|c4|pydoc|FILE", help="text to measure on (.txt, .jsonl, .gz)")
     parser.add_argument("--seqlen", type=int, metavar="N", help="tokens per window (default: 2048; llamacpp: 512)")
-    parser.add_argument("--windows", type=_positive, metavar="N", help="the first N windows only (default: all)")
+    parser.add_argument("--windows", type=options.positive, metavar="N", help="the first N windows only (default: all)")
     parser.add_argument("--protocol", choices=sorted(ppl.DESCRIPTIONS), default="paper", help=_protocol_help())
     parser.add_argument(
         "--against", metavar="MODEL", type=Path, help="Hugging Face directory or .gguf: measure it on the same windows"
@@ -60,16 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="with --against: also compare both models token by token, reading the file's a second time (default: yes)",
     )
-    parser.add_argument(
-        "--activation-bits",
-        type=int,
-        choices=(8, 16),
-        default=16,
-        help="8: faster, about one percent of perplexity worse (default: 16, all but exact)",
-    )
-    parser.add_argument("--exact", action="store_true", help="float32 activations (slow)")
-    parser.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads")
-    parser.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
+    add_model_options(parser, exact=True)
     add_common_options(parser)
     return parser
 
@@ -89,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     tokens = _tokenize_apart(args.model, text.joined)
     parts = _windows(tokens, text, seqlen, args, notes)
     rss_before_load = resident_bytes()
-    with _load(args, seqlen) as model:
+    with options.load_model(args.model, args, ctx=seqlen) as model:
         if model.isa == "numpy":
             notes(model.backend.reason)
         report = _measure(model, text, parts, args, notes)
@@ -157,19 +148,6 @@ def _text(data: str | None, notes: Notes) -> texts.Text:
         text = texts.load("pydoc", "test")
         notes(f"measuring on {text.name}, because {error}")
         return text
-
-
-def _load(args: argparse.Namespace, seqlen: int) -> "Model":
-    import billm_rt
-
-    return billm_rt.load(
-        args.model,
-        args.device,
-        threads=args.threads,
-        exact=args.exact,
-        ctx=seqlen,
-        activation_bits=args.activation_bits,
-    )
 
 
 @dataclass(frozen=True)
@@ -240,7 +218,7 @@ def _measure(
         "load_seconds": model.load_seconds,
         "device": model.device,
         "isa": model.isa,
-        "activations": "float32" if args.exact else f"int{args.activation_bits}",
+        **options.describe(args),
     }
 
 
@@ -344,13 +322,6 @@ def _number(value: float) -> str:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"wanted at least 1, found {value}")
-    return value
 
 
 def _protocol_help() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from billm_chat.settings import OPTIONS, Settings, shown_value, stop_string
-from billm_format.command import add_common_options, emit_json, run_command
+from billm_format.command import add_common_options, add_model_options, emit_json, run_command
 from billm_format.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,15 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="context in tokens (default: the model's, at most 4096)",
     )
-    machine.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: one per core)")
-    machine.add_argument(
-        "--activation-bits",
-        type=int,
-        choices=(8, 16),
-        default=16,
-        help="8: faster, a little less exact (default: 16)",
-    )
-    machine.add_argument("--device", default="auto", metavar="NAME", help="auto or cpu (default: auto)")
+    add_model_options(machine, exact=False)
     add_common_options(parser)
     return parser
 
@@ -139,8 +131,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _session(args: argparse.Namespace) -> "Session":
-    import billm_rt
     from billm_chat.session import Session, encodable
+    from billm_rt import options
 
     system = args.system
     if args.system_file is not None:
@@ -154,7 +146,7 @@ def _session(args: argparse.Namespace) -> "Session":
         markdown=not args.no_markdown,
     )
     path = args.model if args.model is not None else args.model_option
-    model = billm_rt.load(path, args.device, threads=args.threads, ctx=args.ctx, activation_bits=args.activation_bits)
+    model = options.load_model(path, args, ctx=args.ctx)
     return Session(model, settings, system=None if system is None else encodable(system), raw=args.raw)
 
 

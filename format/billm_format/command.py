@@ -31,6 +31,28 @@ def add_common_options(parser: argparse.ArgumentParser, *, json_output: bool = T
     parser.add_argument("--version", action="version", version=f"%(prog)s {installed}")
 
 
+def add_model_options(parser: argparse._ActionsContainer, *, exact: bool) -> None:
+    """Add --threads, --device, --activation-bits and --kv-bits (and --exact) to a parser or a group of one."""
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto or cpu (default: auto)")
+    parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="8: faster, about one percent of perplexity worse (default: 16, all but exact)",
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="of the KV cache; 8: half the memory for long texts (default: 16, all but exact)",
+    )
+    if exact:
+        parser.add_argument("--exact", action="store_true", help="float32 activations and KV cache (slow)")
+
+
 def emit_json(schema: str, version: int, payload: dict[str, Any]) -> None:
     """Print `payload` as one JSON object on stdout, preceded by its schema's name and version."""
     json.dump({"schema": schema, "version": version, **payload}, sys.stdout, ensure_ascii=False, allow_nan=False)

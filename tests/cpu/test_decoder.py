@@ -45,30 +45,47 @@ def _load(path: Path, **options: Any) -> billm_rt.Model:
     return billm_rt.load(path, ctx=CONTEXT, **options)
 
 
-def _op_by_op(path: Path, monkeypatch: pytest.MonkeyPatch) -> billm_rt.Model:
+def _op_by_op(path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> billm_rt.Model:
     with monkeypatch.context() as patch:
         patch.setattr(NativeLayers, "can_run", staticmethod(lambda config: False))
-        return _load(path)
+        return _load(path, **options)
 
 
 def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)))
 
 
+@pytest.mark.parametrize("kv_bits", [16, 8])
 def test_layers_equal_the_loop_of_the_model(
-    isa: str, path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    isa: str, path: Path, kv_bits: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = rng.integers(0, 320, CONTEXT)
-    with _load(path) as model, _op_by_op(path, monkeypatch) as loop:
+    # A key or value on the border between two integers: the coarser they are, the more it counts where it falls.
+    close = CLOSE if kv_bits == 16 else 20 * CLOSE
+    with _load(path, kv_bits=kv_bits) as model, _op_by_op(path, monkeypatch, kv_bits=kv_bits) as loop:
         assert model.isa == isa
-        assert _difference(model.logits(tokens), loop.logits(tokens)) < CLOSE
+        assert _difference(model.logits(tokens), loop.logits(tokens)) < close
 
 
+def test_a_small_cache_holds_half_the_bytes_and_gives_nearly_the_same(path: Path, rng: np.random.Generator) -> None:
+    tokens = rng.integers(0, 320, CONTEXT)
+    results, sizes = [], []
+    for bits in (16, 8):
+        with _load(path, kv_bits=bits) as model:
+            cache = model.new_cache()
+            results.append(model.forward(tokens, cache, logits="all"))
+            sizes.append(cache.nbytes)
+    scales = 2 * sizes[1] - sizes[0]  # float32 in both
+    assert 0 < scales < sizes[1] / 2
+    assert 1e-5 < _difference(results[1], results[0]) < 0.05
+
+
+@pytest.mark.parametrize("kv_bits", [16, 8])
 def test_tokens_one_by_one_in_chunks_and_after_a_cut_give_the_same_bits(
-    isa: str, path: Path, rng: np.random.Generator
+    isa: str, path: Path, kv_bits: int, rng: np.random.Generator
 ) -> None:
     tokens = rng.integers(0, 320, CONTEXT)
-    with _load(path) as model:
+    with _load(path, kv_bits=kv_bits) as model:
         wanted = model.logits(tokens)
         cache = model.new_cache()
         model.forward(rng.integers(0, 320, 217), cache)
@@ -95,14 +112,22 @@ def test_threads_change_nothing(path: Path, rng: np.random.Generator) -> None:
             assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("kv_bits", [16, 8])
 @pytest.mark.parametrize("width", [8, 16, 40, 64, 128, 256])
-def test_heads_of_every_width(isa: str, width: int, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_of_every_width(
+    isa: str, width: int, kv_bits: int, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Seven heads a group: rows by fours, and what is left over."""
     config = tiny_config(head_dim=width, num_attention_heads=14, max_position_embeddings=CONTEXT)
     make_random_billm(tmp_path / "m.billm", config, Quantization(block_size=128), seed)
     tokens = np.random.default_rng(seed).integers(0, 320, 140)
-    with _load(tmp_path / "m.billm") as model, _op_by_op(tmp_path / "m.billm", monkeypatch) as loop:
-        assert _difference(model.logits(tokens), loop.logits(tokens)) < CLOSE
+    options = {"kv_bits": kv_bits}
+    close = CLOSE if kv_bits == 16 else 20 * CLOSE
+    with (
+        _load(tmp_path / "m.billm", **options) as model,
+        _op_by_op(tmp_path / "m.billm", monkeypatch, **options) as loop,
+    ):
+        assert _difference(model.logits(tokens), loop.logits(tokens)) < close
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])

@@ -312,7 +312,12 @@ def test_against_the_dequantized_model_the_exact_path_agrees_to_a_ten_thousandth
     assert 0 < finer["against"]["kl"] < 1e-5
     assert finer["against"]["kl_stderr"] > 0
     assert finer["ratio"] == pytest.approx(1, abs=1e-4)
-    assert [found["activations"] for found in (exact, fast, finer)] == ["float32", "int8", "int16"]
+    small = report(capsys, *common, "--kl", "--kv-bits", "8")
+    assert finer["against"]["kl"] < small["against"]["kl"] < 1e-3
+    assert small["memory"]["kv_cache"] < 0.75 * finer["memory"]["kv_cache"]
+    found = exact, fast, finer, small
+    assert [report["activations"] for report in found] == ["float32", "int8", "int16", "int16"]
+    assert [report["kv_cache_type"] for report in found] == ["float32", "int16", "int16", "int8"]
 
 
 def test_against_refuses_another_vocabulary_and_folders_without_a_model(

@@ -130,10 +130,12 @@ static void place_task(void *context, size_t token) {
             ops->norm(key, w->layer->k_norm, NULL, d->norm_eps, width, key);
         if (cos)
             ops->rotate(key, cos, sin, half, 1.0f);
-        int16_t *keys = cache->keys + (first + position / BILLM_KEY_GROUP * BILLM_KEY_GROUP) * width;
-        cache->key_scale[place] = ops->store(key, width, keys + position % BILLM_KEY_GROUP, BILLM_KEY_GROUP);
-        cache->value_scale[place] = ops->store(w->value + (token * d->kv_heads + head) * width, width,
-                                               cache->values + place * width, 1);
+        const size_t group = (first + position / BILLM_KEY_GROUP * BILLM_KEY_GROUP) * width;
+        void *keys = billm_cache_element(cache, cache->keys, group + position % BILLM_KEY_GROUP);
+        void *values = billm_cache_element(cache, cache->values, place * width);
+        const float *value = w->value + (token * d->kv_heads + head) * width;
+        cache->key_scale[place] = ops->store(key, width, cache->bits, keys, BILLM_KEY_GROUP);
+        cache->value_scale[place] = ops->store(value, width, cache->bits, values, 1);
     }
 }
 

@@ -16,13 +16,20 @@ enum {
 
 enum billm_activation { BILLM_SILU, BILLM_GELU, BILLM_GELU_TANH, BILLM_RELU };
 
-/* Keys and values of one layer: int16 with a float32 scale per token and head. Capacity is a multiple of BILLM_KEY_GROUP. */
+/* Keys and values of one layer: int8 or int16, with a float32 scale per token and head. Capacity is a multiple of
+ * BILLM_KEY_GROUP. */
 struct billm_cache {
-    int16_t *keys;                 /* [kv_heads, capacity / 16, width, 16] */
-    int16_t *values;               /* [kv_heads, capacity, width] */
+    void *keys;   /* [kv_heads, capacity / 16, width, 16] */
+    void *values; /* [kv_heads, capacity, width] */
     float *key_scale, *value_scale; /* [kv_heads, capacity] */
     size_t capacity;
+    int bits; /* of an element: 8 or 16 */
 };
+
+/* Where element `place` of the keys or the values lies. */
+static inline void *billm_cache_element(const struct billm_cache *cache, void *base, size_t place) {
+    return (char *)base + place * (size_t)(cache->bits / 8);
+}
 
 struct billm_attention {
     const float *query; /* [tokens, heads, width], already divided by sqrt(width) */
@@ -41,8 +48,8 @@ struct billm_float_ops {
     void (*rotate)(float *x, const float *cos, const float *sin, size_t half, float factor);
     /* gate [n] = function(gate) (* up, unless NULL). */
     void (*activate)(float *gate, const float *up, size_t n, enum billm_activation function);
-    /* x [n] to fixed point, elements of `to` being `stride` apart; returns the scale. */
-    float (*store)(const float *x, size_t n, int16_t *to, size_t stride);
+    /* x [n] to integers of `bits` bits, elements of `to` being `stride` apart; returns the scale. */
+    float (*store)(const float *x, size_t n, int bits, void *to, size_t stride);
     /* Queries `row` .. `row` + `rows` (at most BILLM_QUERY_ROWS) of one key and value head; query r is head
      * r % (heads / kv_heads) of the group, of token r / (heads / kv_heads). */
     void (*attend)(const struct billm_attention *a, size_t kv_head, size_t row, size_t rows);

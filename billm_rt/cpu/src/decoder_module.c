@@ -222,7 +222,7 @@ static int take_cache(const struct billm_decoder *d, PyObject *pair, size_t end,
     if (check_tuple(pair, "cache") || !PyArg_ParseTuple(pair, "OO", &data, &scale))
         return -1;
     Py_ssize_t shape[4] = {2, (Py_ssize_t)d->kv_heads, -1, (Py_ssize_t)d->width};
-    if (billm_take(data, "cache data", "h", 4, shape, 1, &views[0]) ||
+    if (billm_take(data, "cache data", "hb", 4, shape, 1, &views[0]) ||
         billm_take(scale, "cache scale", "f", 3, shape, 1, &views[1]))
         return -1;
     const size_t capacity = (size_t)shape[2], heads = d->kv_heads * capacity;
@@ -231,12 +231,17 @@ static int take_cache(const struct billm_decoder *d, PyObject *pair, size_t end,
                      BILLM_KEY_GROUP, capacity);
         return -1;
     }
-    if ((uintptr_t)views[0].buf % sizeof(int16_t) || (uintptr_t)views[1].buf % sizeof(float)) {
+    const Py_ssize_t size = views[0].itemsize;
+    if ((uintptr_t)views[0].buf % (size_t)size || (uintptr_t)views[1].buf % sizeof(float)) {
         PyErr_SetString(PyExc_ValueError, "cache: wanted aligned memory");
         return -1;
     }
-    *out = (struct billm_cache){views[0].buf, (int16_t *)views[0].buf + heads * d->width, views[1].buf,
-                                (float *)views[1].buf + heads, capacity};
+    *out = (struct billm_cache){.keys = views[0].buf,
+                                .key_scale = views[1].buf,
+                                .value_scale = (float *)views[1].buf + heads,
+                                .capacity = capacity,
+                                .bits = (int)(8 * size)};
+    out->values = billm_cache_element(out, out->keys, heads * d->width);
     return 0;
 }
 

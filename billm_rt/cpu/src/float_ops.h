@@ -24,6 +24,7 @@ enum { KEYS = 64, ROWS_AT_ONCE = 4 };
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 #define INLINE __attribute__((always_inline)) static inline
 
@@ -48,8 +49,18 @@ INLINE floats broadcast(float value) {
     return value - (floats){0};
 }
 
-INLINE floats to_floats(const int16_t *from) {
+INLINE floats bytes_to_floats(const int8_t *from) {
 #if defined(__AVX512F__) /* compilers convert halves and put them together */
+    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));
+#else
+    bytes value;
+    memcpy(&value, from, sizeof value);
+    return __builtin_convertvector(value, floats);
+#endif
+}
+
+INLINE floats shorts_to_floats(const int16_t *from) {
+#if defined(__AVX512F__)
     return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const void *)from)));
 #else
     shorts value;
@@ -185,29 +196,37 @@ static void activate(float *gate, const float *up, size_t n, enum billm_activati
             gate[i] *= up[i];
 }
 
+INLINE void set_element(void *to, size_t place, int bits, int32_t value) {
+    if (bits == 8)
+        ((int8_t *)to)[place] = (int8_t)value;
+    else
+        ((int16_t *)to)[place] = (int16_t)value;
+}
+
 /* As the quantization in kernels.h: what holds a NaN or an infinity gets the scale NaN, which its readers inherit. */
-static float to_fixed_point(const float *x, size_t n, int16_t *to, size_t stride) {
+static float to_fixed_point(const float *x, size_t n, int bits, void *to, size_t stride) {
     const float to_integer = 12582912.0f;
+    const int32_t top = bits == 8 ? 127 : 32767;
     union {
         uint32_t bits;
         float number;
     } absmax = {0}, value;
     for (size_t i = 0; i < n; i++) {
         value.number = x[i];
-        uint32_t bits = value.bits & 0x7fffffffu;
-        absmax.bits = bits > absmax.bits ? bits : absmax.bits;
+        uint32_t magnitude = value.bits & 0x7fffffffu;
+        absmax.bits = magnitude > absmax.bits ? magnitude : absmax.bits;
     }
-    float scale = absmax.bits < 0x7f800000u ? absmax.number * (1.0f / 32767.0f) : NAN;
+    float scale = absmax.bits < 0x7f800000u ? absmax.number * (1.0f / (float)top) : NAN;
     if (!(scale > 0.0f)) {
         for (size_t i = 0; i < n; i++)
-            to[i * stride] = 0;
+            set_element(to, i * stride, bits, 0);
         return scale;
     }
     for (size_t i = 0; i < n; i++) {
         value.number = x[i] / scale + to_integer;
         int32_t rounded = (int32_t)value.bits - 0x4b400000; /* the bits of to_integer */
-        rounded = rounded > 32767 ? 32767 : rounded;        /* a subnormal scale is too coarse for 32,767 steps */
-        to[i * stride] = (int16_t)(rounded < -32767 ? -32767 : rounded);
+        rounded = rounded > top ? top : rounded;            /* a subnormal scale is too coarse for so many steps */
+        set_element(to, i * stride, bits, rounded < -top ? -top : rounded);
     }
     return scale;
 }
@@ -227,23 +246,22 @@ struct rows {
     _Alignas(64) float mixed[BILLM_QUERY_ROWS][BILLM_MAX_WIDTH];
 };
 
-/* One block of keys and values: either the cache's own numbers or float32 copies of them is set. */
+/* In which type a block's keys and values are read: the cache's own, or float32 copies. A constant wherever it is asked. */
+enum kind { BYTES, SHORTS, FLOATS };
+
 struct block {
     size_t start, count;
-    const int16_t *keys, *values;
-    const float *float_keys, *float_values;
+    const void *keys, *values;
     _Alignas(64) float key_scale[KEYS], value_scale[KEYS]; /* zeros behind count */
 };
 
-INLINE floats key_at(const struct block *b, const int converted, size_t place) {
-    return converted ? load(b->float_keys + place) : to_floats(b->keys + place);
+INLINE floats element_at(const void *from, const enum kind kind, size_t place) {
+    return kind == BYTES    ? bytes_to_floats((const int8_t *)from + place)
+           : kind == SHORTS ? shorts_to_floats((const int16_t *)from + place)
+                            : load((const float *)from + place);
 }
 
-INLINE floats value_at(const struct block *b, const int converted, size_t place) {
-    return converted ? load(b->float_values + place) : to_floats(b->values + place);
-}
-
-INLINE void score_rows(struct rows *r, size_t row, const struct block *b, const int converted, const size_t count) {
+INLINE void score_rows(struct rows *r, size_t row, const struct block *b, const enum kind kind, const size_t count) {
     for (size_t at = 0; at < b->count; at += VECTORS_AT_ONCE * LANES) {
         floats total[ROWS_AT_ONCE][VECTORS_AT_ONCE] = {0};
         size_t place[VECTORS_AT_ONCE];
@@ -256,7 +274,7 @@ INLINE void score_rows(struct rows *r, size_t row, const struct block *b, const 
         for (size_t i = 0; i < r->width; i++)
 #pragma GCC unroll 4
             for (size_t j = 0; j < VECTORS_AT_ONCE; j++) {
-                floats key = key_at(b, converted, place[j] + i * BILLM_KEY_GROUP);
+                floats key = element_at(b->keys, kind, place[j] + i * BILLM_KEY_GROUP);
 #pragma GCC unroll 4
                 for (size_t n = 0; n < count; n++)
                     total[n][j] += r->query[row + n][i] * key;
@@ -269,9 +287,9 @@ INLINE void score_rows(struct rows *r, size_t row, const struct block *b, const 
     }
 }
 
-INLINE void mix_rows(struct rows *r, size_t row, const struct block *b, const int converted, size_t at,
+INLINE void mix_rows(struct rows *r, size_t row, const struct block *b, const enum kind kind, size_t at,
                      const size_t vectors, const size_t count) {
-    const size_t stride = converted ? r->stride : r->width;
+    const size_t stride = kind == FLOATS ? r->stride : r->width;
     floats total[ROWS_AT_ONCE][VECTORS_AT_ONCE];
 #pragma GCC unroll 4
     for (size_t n = 0; n < count; n++)
@@ -281,7 +299,7 @@ INLINE void mix_rows(struct rows *r, size_t row, const struct block *b, const in
     for (size_t key = 0; key < b->count; key++)
 #pragma GCC unroll 4
         for (size_t j = 0; j < vectors; j++) {
-            floats value = value_at(b, converted, key * stride + at + j * LANES);
+            floats value = element_at(b->values, kind, key * stride + at + j * LANES);
 #pragma GCC unroll 4
             for (size_t n = 0; n < count; n++)
                 total[n][j] += r->score[row + n][key] * value;
@@ -293,12 +311,12 @@ INLINE void mix_rows(struct rows *r, size_t row, const struct block *b, const in
             store(r->mixed[row + n] + at + j * LANES, total[n][j]);
 }
 
-INLINE void mix_width(struct rows *r, size_t row, const struct block *b, const int converted, const size_t count) {
+INLINE void mix_width(struct rows *r, size_t row, const struct block *b, const enum kind kind, const size_t count) {
     size_t at = 0;
     for (; at + VECTORS_AT_ONCE * LANES <= r->stride; at += VECTORS_AT_ONCE * LANES)
-        mix_rows(r, row, b, converted, at, VECTORS_AT_ONCE, count);
+        mix_rows(r, row, b, kind, at, VECTORS_AT_ONCE, count);
     for (; at < r->stride; at += LANES)
-        mix_rows(r, row, b, converted, at, 1, count);
+        mix_rows(r, row, b, kind, at, 1, count);
 }
 
 /* Scale the scores, hide what a row must not see, and turn the rest into weights relative to the largest so far. */
@@ -336,40 +354,42 @@ static void weigh(struct rows *r, size_t row, const struct block *b) {
     store(r->sum[row], sum);
 }
 
-INLINE void attend_block(struct rows *r, const struct block *b, const int converted) {
+INLINE void attend_block(struct rows *r, const struct block *b, const enum kind kind) {
     for (size_t row = 0; row < r->count; row += ROWS_AT_ONCE)
         switch (r->count - row) {
-        case 1: score_rows(r, row, b, converted, 1); break;
-        case 2: score_rows(r, row, b, converted, 2); break;
-        case 3: score_rows(r, row, b, converted, 3); break;
-        default: score_rows(r, row, b, converted, 4);
+        case 1: score_rows(r, row, b, kind, 1); break;
+        case 2: score_rows(r, row, b, kind, 2); break;
+        case 3: score_rows(r, row, b, kind, 3); break;
+        default: score_rows(r, row, b, kind, 4);
         }
     for (size_t row = 0; row < r->count; row++)
         weigh(r, row, b);
     for (size_t row = 0; row < r->count; row += ROWS_AT_ONCE)
         switch (r->count - row) {
-        case 1: mix_width(r, row, b, converted, 1); break;
-        case 2: mix_width(r, row, b, converted, 2); break;
-        case 3: mix_width(r, row, b, converted, 3); break;
-        default: mix_width(r, row, b, converted, 4);
+        case 1: mix_width(r, row, b, kind, 1); break;
+        case 2: mix_width(r, row, b, kind, 2); break;
+        case 3: mix_width(r, row, b, kind, 3); break;
+        default: mix_width(r, row, b, kind, 4);
         }
 }
 
 /* Convert the block into scratch memory: keys in the cache's groups of sixteen, values [count, stride]. */
-static void convert(struct block *b, const struct rows *r, float *keys, float *values) {
+INLINE void convert(struct block *b, const struct rows *r, const enum kind kind, float *keys, float *values) {
     const size_t elements = billm_round_up(b->count, BILLM_KEY_GROUP) * r->width, whole = r->width / LANES * LANES;
     for (size_t i = 0; i < elements; i += LANES)
-        store(keys + i, to_floats(b->keys + i));
+        store(keys + i, element_at(b->keys, kind, i));
     for (size_t key = 0; key < b->count; key++) {
-        const int16_t *from = b->values + key * r->width;
+        const size_t from = key * r->width;
         float *to = values + key * r->stride;
         for (size_t i = 0; i < whole; i += LANES)
-            store(to + i, to_floats(from + i));
+            store(to + i, element_at(b->values, kind, from + i));
         for (size_t i = whole; i < r->stride; i++)
-            to[i] = i < r->width ? (float)from[i] : 0.0f;
+            to[i] = i >= r->width   ? 0.0f
+                    : kind == BYTES ? (float)((const int8_t *)b->values)[from + i]
+                                    : (float)((const int16_t *)b->values)[from + i];
     }
-    b->float_keys = keys;
-    b->float_values = values;
+    b->keys = keys;
+    b->values = values;
 }
 
 static void open_block(const struct billm_attention *a, size_t head, size_t start, size_t count, struct block *b) {
@@ -377,8 +397,8 @@ static void open_block(const struct billm_attention *a, size_t head, size_t star
     const size_t first = head * cache->capacity + start;
     b->start = start;
     b->count = count;
-    b->keys = cache->keys + first * a->width;
-    b->values = cache->values + first * a->width;
+    b->keys = billm_cache_element(cache, cache->keys, first * a->width);
+    b->values = billm_cache_element(cache, cache->values, first * a->width);
     memset(b->key_scale + count, 0, (KEYS - count) * sizeof(float));
     memset(b->value_scale + count, 0, (KEYS - count) * sizeof(float));
     memcpy(b->key_scale, cache->key_scale + first, count * sizeof(float));
@@ -404,15 +424,17 @@ static void attend(const struct billm_attention *a, size_t kv_head, size_t row, 
         memset(r.sum[i], 0, sizeof r.sum[i]);
         memset(r.mixed[i], 0, r.stride * sizeof(float));
     }
-    const int few = rows <= 2 * ROWS_AT_ONCE && a->width % LANES == 0;
+    const int few = rows <= 2 * ROWS_AT_ONCE && a->width % LANES == 0, bytes = a->cache->bits == 8;
     for (start = start / KEYS * KEYS; start < end; start += KEYS) {
         struct block b;
         open_block(a, kv_head, start, billm_min(KEYS, end - start), &b);
-        if (few) {
-            attend_block(&r, &b, 0);
+        if (few && bytes) {
+            attend_block(&r, &b, BYTES);
+        } else if (few) {
+            attend_block(&r, &b, SHORTS);
         } else {
-            convert(&b, &r, keys, values);
-            attend_block(&r, &b, 1);
+            bytes ? convert(&b, &r, BYTES, keys, values) : convert(&b, &r, SHORTS, keys, values);
+            attend_block(&r, &b, FLOATS);
         }
     }
     for (size_t i = 0; i < rows; i++) {
