@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=16,
         help="8: faster, about one percent of perplexity worse (default: 16, all but exact)",
     )
-    parser.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_common_options(parser)
     return parser
 

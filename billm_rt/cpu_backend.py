@@ -14,7 +14,7 @@ import numpy as np
 from billm_format.config import ModelConfig
 from billm_format.packing import PackedLinear
 from billm_rt import cpu
-from billm_rt.backend import Array, FusedLayers, Layer
+from billm_rt.backend import Array, FusedLayers, Layer, LayerOps
 from billm_rt.cpu.decoder import NativeLayers
 from billm_rt.reference import ReferenceBackend
 
@@ -60,9 +60,9 @@ class CpuBackend(ReferenceBackend):
             home.members.append((place, linear))
         return shared
 
-    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | None:
+    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | LayerOps:
         """Hand the layers to the native library where it can run them."""
-        return NativeLayers(config, layers, self._bits) if NativeLayers.can_run(config) else None
+        return NativeLayers(config, layers, self._bits) if NativeLayers.can_run(config) else self
 
     def linears(self, x: Array, group: Any) -> list[Array]:
         """Quantize x once per kind of activation and multiply."""

@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--exact", action="store_true", help="float32 activations of a .billm file's model (slow)")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
-    parser.add_argument("--device", default="auto", help="of a .billm file's model: auto or cpu (default: auto)")
+    parser.add_argument(
+        "--device", default="auto", help="of a .billm file's model: auto, cpu, cuda or cuda:N (default: auto)"
+    )
     add_common_options(parser)
     return parser
 

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--exact", action="store_true", help="float32 activations (slow)")
     parser.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads")
-    parser.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_common_options(parser)
     return parser
 

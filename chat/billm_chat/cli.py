@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=16,
         help="8: faster, a little less exact (default: 16)",
     )
-    machine.add_argument("--device", default="auto", metavar="NAME", help="auto or cpu (default: auto)")
+    machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_common_options(parser)
     return parser
 
