@@ -1,15 +1,17 @@
 """What the decoder asks of the machine it runs on, and the one place that decides which machine that is.
 
 `model.py` is written against `Backend` alone. `reference.py` gives every operation its meaning in float32 NumPy;
-`cpu_backend.py` replaces the linear layers by integer products and, with the native library, all layers by one call.
+`cpu_backend.py` replaces the linear layers by integer products and, with the native library, all layers by one call;
+`cuda_backend.py` keeps everything on a GPU.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from billm_format.config import ModelConfig
 from billm_format.errors import UsageError
@@ -42,70 +44,27 @@ class Layer:
     down: Any
 
 
+@runtime_checkable
 class FusedLayers(Protocol):
     """All decoder layers behind one call."""
 
-    def run(self, x: Array, cache: KVCache, rotary: tuple[Array, Array] | None) -> None:
+    def run(self, x: Any, cache: KVCache, rotary: tuple[Any, Any] | None) -> None:
         """Replace x [tokens, hidden_size] by the last layer's output and write the cache, without committing.
 
-        `rotary` is cos and sin, [tokens, 1, head_dim / 2], or None where positions were learned.
+        `rotary` is what `Backend.rotary_table` returned for these tokens, or None where positions were learned.
         """
         ...
 
 
-class Backend(Protocol):
-    """The operations of a decoder. Activations are float32 [tokens, width]; weights are what `load_*` returned."""
-
-    device: str  # "cpu"
-    isa: str  # the instruction set or path in use: "avx2", "numpy", "exact"
-    reason: str  # why this back end was chosen, for people
-    kv_dtype: DTypeLike  # of the KV cache: float32, int16 or int8
-    chunk: (
-        int  # tokens that pass through the decoder together: many share the unpacking of the weights, few take memory
-    )
-
-    def load_tensor(self, array: NDArray[Any]) -> Array:
-        """Return a small tensor (a norm's weight, a bias) as float32."""
-        ...
-
-    def load_linears(self, linears: Sequence[PackedLinear]) -> Any:
-        """Prepare Linears that read the same input; the result goes to `linears`."""
-        ...
-
-    def load_table(self, weight: NDArray[Any], scale: NDArray[np.float16] | None) -> Any:
-        """Prepare an embedding or head: int8 [rows, width] with float16 scale [rows], or float16 without."""
-        ...
-
-    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | None:
-        """Return the layers as one call that does the same as the loop in `model.py`, or None where there is none."""
-        ...
+class LayerOps(Protocol):
+    """The operations inside a layer, for the loop in `model.py`. Activations are float32 [tokens, width]."""
 
     def linears(self, x: Array, group: Any) -> list[Array]:
         """Return W x + bias, float32 [tokens, rows], for every Linear of the group."""
         ...
 
-    def embed(self, token_ids: NDArray[np.int64], table: Any) -> Array:
-        """Return the rows of `table` that `token_ids` names, float32 [tokens, width]."""
-        ...
-
-    def head(self, x: Array, table: Any) -> Array:
-        """Return x times the table's transpose, float32 [tokens, rows]."""
-        ...
-
-    def dense(self, x: Array, weight: NDArray[Any]) -> Array:
-        """Return x times the transpose of a full-precision weight [rows, cols]."""
-        ...
-
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """Return x / rms(x) * weight over the last axis."""
-        ...
-
-    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
-        """Return (x - mean(x)) / std(x) * weight + bias over the last axis."""
-        ...
-
-    def rotary_table(self, start: int, count: int, inv_freq: Array, scale: float) -> tuple[Array, Array]:
-        """Return cos and sin, float32 [count, 1, head_dim / 2], of positions start..start + count."""
         ...
 
     def rotate(self, x: Array, table: tuple[Array, Array]) -> Array:
@@ -125,29 +84,112 @@ class Backend(Protocol):
         ...
 
 
+class Backend(Protocol):
+    """The operations around the layers, and `fuse` for the layers. Weights are what `load_*` returned.
+
+    Activations are float32 [tokens, width]: NumPy arrays, or what a device has in their place. Token ids come from
+    NumPy arrays, and logits go into them.
+    """
+
+    device: str  # "cpu", "cuda:0"
+    isa: str  # the instruction set or path in use: "avx2", "numpy", "exact", "cuda"
+    reason: str  # why this back end was chosen, for people
+    activations: str  # number type of what the Linears multiply by: "int16", "float32" ...
+    kv_type: str  # number type of the KV cache
+    chunk: (
+        int  # tokens that pass through the decoder together: many share the unpacking of the weights, few take memory
+    )
+
+    def new_cache(self, config: ModelConfig, ctx: int) -> KVCache:
+        """Return an empty cache for up to `ctx` tokens, kept as this back end likes it."""
+        ...
+
+    def load_tensor(self, array: NDArray[Any]) -> Any:
+        """Return a small tensor (a norm's weight, a bias) as float32."""
+        ...
+
+    def load_linears(self, linears: Sequence[PackedLinear]) -> Any:
+        """Prepare Linears that read the same input; the result goes to `linears`."""
+        ...
+
+    def load_table(self, weight: NDArray[Any], scale: NDArray[np.float16] | None) -> Any:
+        """Prepare an embedding or head: int8 [rows, width] with float16 scale [rows], or float16 without."""
+        ...
+
+    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | LayerOps:
+        """Return the layers as one call that does what the loop in `model.py` does, or the operations for the loop."""
+        ...
+
+    def embed(self, token_ids: NDArray[np.int64], table: Any) -> Any:
+        """Return the rows of `table` that `token_ids` names, float32 [tokens, width]."""
+        ...
+
+    def head(self, x: Any, table: Any) -> Array:
+        """Return x times the table's transpose, float32 [tokens, rows], a NumPy array."""
+        ...
+
+    def dense(self, x: Any, weight: Any) -> Any:
+        """Return x times the transpose of a full-precision weight [rows, cols]."""
+        ...
+
+    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
+        """Return x / rms(x) * weight over the last axis."""
+        ...
+
+    def layer_norm(self, x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        """Return (x - mean(x)) / std(x) * weight + bias over the last axis."""
+        ...
+
+    def rotary_table(self, start: int, count: int, inv_freq: Any, scale: float) -> tuple[Any, Any]:
+        """Return cos and sin of positions start..start + count, float32 [count, 1, head_dim / 2], for the layers."""
+        ...
+
+
 def choose(
     device: str, *, exact: bool = False, threads: int | None = None, activation_bits: int = 16, kv_bits: int = 16
 ) -> Backend:
-    """Return the back end for `device` ("auto" or "cpu"); UsageError names what is not there.
+    """Return the back end for `device` ("auto", "cpu", "cuda" or "cuda:N"); UsageError names what is not there.
 
-    `exact` takes the float32 NumPy path; else integer activations of `activation_bits` and a KV cache of `kv_bits`
-    (8 or 16), by the native kernels where they can be loaded.
+    "auto" is the first GPU that can be used, else the CPU. `exact` takes the float32 NumPy path; else the CPU computes
+    with integer activations of `activation_bits` and a KV cache of `kv_bits` (8 or 16), by the native kernels where
+    they can be loaded.
     """
     for name, bits in (("activation bits", activation_bits), ("KV cache bits", kv_bits)):
         if bits not in (8, 16):
             raise UsageError(f"{name} {bits}: wanted 8 or 16")
     if threads is not None and not 1 <= threads <= 256:
         raise UsageError(f"--threads {threads}: wanted 1 to 256")
-    if device.split(":")[0] == "cuda":
-        raise UsageError(f"--device {device}: this version has no GPU back end yet; use --device cpu")
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"--device {device}: wanted auto or cpu")
+    if device not in ("auto", "cpu") and re.fullmatch(r"cuda(:\d{1,3})?", device) is None:
+        raise UsageError(f"--device {device}: wanted auto, cpu, cuda or cuda:N")
+    if exact:
+        if device.startswith("cuda"):
+            raise UsageError(f"--device {device}: the exact path runs on the CPU alone")
+        from billm_rt.reference import ReferenceBackend
+
+        return ReferenceBackend("exact", "float32 NumPy, slow: the exact path was asked for")
+    return (None if device == "cpu" else _cuda(device, kv_bits)) or _cpu(threads, activation_bits, kv_bits)
+
+
+def _cuda(device: str, kv_bits: int) -> Backend | None:
+    from billm_rt.cuda.device import CupyDevice, unavailable_reason
+
+    index = int(device.partition(":")[2] or 0)
+    why = unavailable_reason(index)
+    if why is None:
+        from billm_rt.cuda_backend import CudaBackend
+
+        if kv_bits != 16:
+            raise UsageError("--kv-bits 8: on a GPU the KV cache has 16 bits; leave the option out or use --device cpu")
+        return CudaBackend(CupyDevice(index), index)
+    if device == "auto":
+        return None
+    raise UsageError(f"--device {device}: {why}; use --device cpu")
+
+
+def _cpu(threads: int | None, activation_bits: int, kv_bits: int) -> Backend:
     from billm_rt import cpu
     from billm_rt.cpu_backend import CpuBackend
-    from billm_rt.reference import ReferenceBackend
 
-    if exact:
-        return ReferenceBackend("exact", "float32 NumPy, slow: the exact path was asked for")
     if threads is not None:
         cpu.set_threads(threads)
     return CpuBackend(activation_bits, kv_bits)

@@ -124,10 +124,8 @@ def _report(model: "Model", prompt: "Speed", decode: "Speed", args: argparse.Nam
         "weight_bytes_per_token": per_token,
         "read_bytes_per_s": bandwidth,
         "bandwidth_share": per_token * decode.median / bandwidth,
-        "device": model.device,
-        "isa": model.isa,
         "threads": cpu.threads(),
-        **options.describe(args),
+        **options.describe(model),
     }
 
 

@@ -14,7 +14,7 @@ from billm_format.errors import DoesNotFitError
 Float32 = NDArray[np.float32]
 
 # The first allocation, in tokens; every later one doubles.
-_FIRST_CAPACITY = 256
+FIRST_CAPACITY = 256
 # Integer keys lie in groups of this many tokens, element by element: [capacity / 16, width, 16]. A vector of sixteen
 # scores then needs no sum across its lanes. Capacities are multiples of it. The native decoder relies on this layout.
 _KEY_GROUP = 16
@@ -153,7 +153,7 @@ class _Layer:
         _, heads, capacity, width = self._data.shape
         if needed <= capacity:
             return
-        capacity = min(self._ctx, max(needed, 2 * capacity, _FIRST_CAPACITY))
+        capacity = min(self._ctx, max(needed, 2 * capacity, FIRST_CAPACITY))
         capacity = -(-capacity // _KEY_GROUP) * _KEY_GROUP
         data = _own_pages((2, heads, capacity, width), self._data.dtype)
         kept = -(-used // _KEY_GROUP) * _KEY_GROUP

@@ -14,7 +14,7 @@ import numpy as np
 from billm_format.config import ModelConfig
 from billm_format.packing import PackedLinear
 from billm_rt import cpu
-from billm_rt.backend import Array, FusedLayers, Layer
+from billm_rt.backend import Array, FusedLayers, Layer, LayerOps
 from billm_rt.cpu.decoder import NativeLayers
 from billm_rt.reference import ReferenceBackend
 
@@ -46,7 +46,8 @@ class CpuBackend(ReferenceBackend):
         why = cpu.unavailable_reason()
         reason = f"native kernels, {cpu.isa()}" if why is None else f"NumPy, right but many times slower: {why}"
         reason += f", {activation_bits}-bit activations"
-        super().__init__(cpu.isa(), reason, np.int8 if kv_bits == 8 else np.int16)
+        super().__init__(cpu.isa(), reason, f"int{kv_bits}")
+        self.activations = f"int{activation_bits}"
 
     def load_linears(self, linears: Sequence[PackedLinear]) -> Any:
         """Sort the Linears by the quantized activation they can share."""
@@ -60,9 +61,9 @@ class CpuBackend(ReferenceBackend):
             home.members.append((place, linear))
         return shared
 
-    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | None:
+    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | LayerOps:
         """Hand the layers to the native library where it can run them."""
-        return NativeLayers(config, layers, self._bits) if NativeLayers.can_run(config) else None
+        return NativeLayers(config, layers, self._bits) if NativeLayers.can_run(config) else self
 
     def linears(self, x: Array, group: Any) -> list[Array]:
         """Quantize x once per kind of activation and multiply."""

@@ -83,7 +83,7 @@ def _reader(args: argparse.Namespace) -> Iterator[tuple[Reader, dict[str, Any]]]
         yield against.load_reader(args.model, args.threads), {"device": "cpu", "isa": "torch", "activations": "float32"}
         return
     with options.load_model(args.model, args) as model:
-        yield BillmReader(model), {"device": model.device, "isa": model.isa, **options.describe(args)}
+        yield BillmReader(model), options.describe(model)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from billm_format.errors import UsageError
 from billm_format.reader import BillmFile
-from billm_rt.backend import Array, Backend, Layer, Norm, choose
+from billm_rt.backend import Array, Backend, FusedLayers, Layer, LayerOps, Norm, choose
 from billm_rt.cache import KVCache
 from billm_rt.generate import Chunk, generate
 from billm_rt.memory import memory_report
@@ -46,16 +46,16 @@ class Model:
         if self.config.final_norm:
             self._final_norm = self._norm_of("final_norm")
         self._layers = [self._layer(f"layers.{i}") for i in range(self.config.num_hidden_layers)]
-        self._fused = backend.fuse(self.config, self._layers)
+        self._runner = backend.fuse(self.config, self._layers)
 
     @property
     def device(self) -> str:
-        """Where the model runs: "cpu"."""
+        """Where the model runs: "cpu", "cuda:0"."""
         return self.backend.device
 
     @property
     def isa(self) -> str:
-        """The instruction set or path in use: "avx2", "numpy", "exact" ..."""
+        """The instruction set or path in use: "avx2", "numpy", "exact", "cuda" ..."""
         return self.backend.isa
 
     @cached_property
@@ -66,7 +66,7 @@ class Model:
 
     def new_cache(self) -> KVCache:
         """Return an empty cache that grows with what is read, up to `ctx` tokens."""
-        cache = KVCache(self.config, self.ctx, self.backend.kv_dtype)
+        cache = self.backend.new_cache(self.config, self.ctx)
         self._caches.add(cache)
         return cache
 
@@ -137,7 +137,7 @@ class Model:
         backend, config, start = self.backend, self.config, len(cache)
         # Overflow to infinity is part of the arithmetic (exp in SiLU); what it must not do is print.
         with np.errstate(all="ignore"):
-            x = backend.embed(ids, self._embed_table)
+            x: Array = backend.embed(ids, self._embed_table)
             if self._project_in is not None:
                 x = backend.dense(x, self._project_in)
             table = None
@@ -146,43 +146,42 @@ class Model:
             else:
                 rows = np.arange(start, start + ids.size) + config.position_offset
                 x = x + backend.embed(rows, self._positions)
-            if self._fused is not None:
-                self._fused.run(x, cache, table)
+            if isinstance(self._runner, FusedLayers):
+                self._runner.run(x, cache, table)
             else:
-                x = self._run_layers(x, cache, table)
+                x = self._run_layers(x, self._runner, cache, table)
             cache.commit(ids.tolist())
         return x
 
-    def _run_layers(self, x: Array, cache: KVCache, table: tuple[Array, Array] | None) -> Array:
+    def _run_layers(self, x: Array, ops: LayerOps, cache: KVCache, table: tuple[Array, Array] | None) -> Array:
         pre = self.config.norm_position == "pre"
         for index, layer in enumerate(self._layers):
-            x = x + self._attention(self._norm(x, layer.attn_norm) if pre else x, index, layer, cache, table)
+            x = x + self._attention(self._norm(x, layer.attn_norm) if pre else x, index, layer, ops, cache, table)
             x = x if pre else self._norm(x, layer.attn_norm)
-            x = x + self._mlp(self._norm(x, layer.mlp_norm) if pre else x, layer)
+            x = x + self._mlp(self._norm(x, layer.mlp_norm) if pre else x, layer, ops)
             x = x if pre else self._norm(x, layer.mlp_norm)
         return x
 
     def _attention(
-        self, x: Array, index: int, layer: Layer, cache: KVCache, table: tuple[Array, Array] | None
+        self, x: Array, index: int, layer: Layer, ops: LayerOps, cache: KVCache, table: tuple[Array, Array] | None
     ) -> Array:
-        backend, config = self.backend, self.config
-        query, key, value = (y.reshape(x.shape[0], -1, config.head_dim) for y in backend.linears(x, layer.qkv))
+        config = self.config
+        query, key, value = (y.reshape(x.shape[0], -1, config.head_dim) for y in ops.linears(x, layer.qkv))
         if layer.q_norm is not None and layer.k_norm is not None:
-            query = backend.rms_norm(query, layer.q_norm, config.norm_eps)
-            key = backend.rms_norm(key, layer.k_norm, config.norm_eps)
+            query = ops.rms_norm(query, layer.q_norm, config.norm_eps)
+            key = ops.rms_norm(key, layer.k_norm, config.norm_eps)
         if table is not None:
-            query, key = backend.rotate(query, table), backend.rotate(key, table)
+            query, key = ops.rotate(query, table), ops.rotate(key, table)
         cache.write(index, key, value)
-        mixed = backend.attention(query, cache, index, config.sliding_window)
-        return backend.linears(mixed, layer.o)[0]
+        mixed = ops.attention(query, cache, index, config.sliding_window)
+        return ops.linears(mixed, layer.o)[0]
 
-    def _mlp(self, x: Array, layer: Layer) -> Array:
-        backend, config = self.backend, self.config
-        first, *rest = backend.linears(x, layer.up)
-        inner = backend.activate(first, config.activation)
+    def _mlp(self, x: Array, layer: Layer, ops: LayerOps) -> Array:
+        first, *rest = ops.linears(x, layer.up)
+        inner = ops.activate(first, self.config.activation)
         for up in rest:  # a gated MLP: `first` was the gate
             inner *= up
-        return backend.linears(inner, layer.down)[0]
+        return ops.linears(inner, layer.down)[0]
 
     def _logits(self, hidden: Array) -> Array:
         with np.errstate(all="ignore"):
@@ -193,9 +192,13 @@ class Model:
             return self.backend.head(hidden, self._head_table)
 
     def _norm(self, x: Array, norm: Norm) -> Array:
+        eps = self.config.norm_eps
+        out: Array
         if norm.bias is None:
-            return self.backend.rms_norm(x, norm.weight, self.config.norm_eps)
-        return self.backend.layer_norm(x, norm.weight, norm.bias, self.config.norm_eps)
+            out = self.backend.rms_norm(x, norm.weight, eps)
+        else:
+            out = self.backend.layer_norm(x, norm.weight, norm.bias, eps)
+        return out
 
     # ---- from the file to the back end
 
@@ -213,7 +216,8 @@ class Model:
         )
 
     def _tensor(self, name: str) -> Array:
-        return self.backend.load_tensor(self.file.array(name))
+        tensor: Array = self.backend.load_tensor(self.file.array(name))
+        return tensor
 
     def _norm_of(self, name: str) -> Norm:
         bias = self._tensor(f"{name}.bias") if self.config.norm == "layernorm" else None
@@ -250,11 +254,12 @@ def load(
 ) -> Model:
     """Open a `.billm` file and return the model; weights stay mapped, nothing is unpacked.
 
-    `device`: "auto" or "cpu". `threads`: of the native kernels (default: their own choice). `exact`: float32 NumPy
-    instead of integer activations, very slow. `ctx`: context length in tokens (default: the model's, at most 4096).
-    `activation_bits`: 16, all but exact, or 8, faster (see `cpu_backend`). `kv_bits`: 16, or 8 for half the memory of
-    the KV cache (not with `exact`, which keeps float32). Raises UsageError on bad arguments or a missing file and
-    CorruptFileError on a damaged one.
+    `device`: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". `threads`: of the native kernels (default:
+    their own choice). `exact`: float32 NumPy instead of integer activations, very slow. `ctx`: context length in tokens
+    (default: the model's, at most 4096). On the CPU, `activation_bits`: 16, all but exact, or 8, faster (see
+    `cpu_backend`); `kv_bits`: 16, or 8 for half the memory of the KV cache (not with `exact`, which keeps float32).
+    Raises UsageError on bad arguments, a missing file or a device that is not there, and CorruptFileError on a damaged
+    file.
     """
     begun = time.perf_counter()
     backend = choose(device, exact=exact, threads=threads, activation_bits=activation_bits, kv_bits=kv_bits)

@@ -24,11 +24,15 @@ def load_model(path: "Path", args: argparse.Namespace, ctx: int | None = None) -
     )
 
 
-def describe(args: argparse.Namespace) -> dict[str, str]:
-    """Return the number formats under the keys `activations` and `kv_cache_type`, for a command's JSON."""
-    if getattr(args, "exact", False):
-        return {"activations": "float32", "kv_cache_type": "float32"}
-    return {"activations": f"int{args.activation_bits}", "kv_cache_type": f"int{args.kv_bits}"}
+def describe(model: "Model") -> dict[str, str]:
+    """Return where the model runs and with which numbers, as the commands' JSON has it."""
+    backend = model.backend
+    return {
+        "device": backend.device,
+        "isa": backend.isa,
+        "activations": backend.activations,
+        "kv_cache_type": backend.kv_type,
+    }
 
 
 def positive(text: str) -> int:

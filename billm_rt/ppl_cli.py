@@ -216,9 +216,7 @@ def _measure(
             "peak_rss": held["peak_rss"],
         },
         "load_seconds": model.load_seconds,
-        "device": model.device,
-        "isa": model.isa,
-        **options.describe(args),
+        **options.describe(model),
     }
 
 

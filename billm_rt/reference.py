@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from billm_format.config import ModelConfig
 from billm_format.packing import PackedLinear
-from billm_rt.backend import Activation, Array, FusedLayers, Layer
+from billm_rt.backend import Activation, Array, FusedLayers, Layer, LayerOps
 from billm_rt.cache import KVCache
 
 # Elements of one float32 scratch array: weights of a few rows, scores of a few queries, keys of a few heads.
@@ -50,10 +50,15 @@ class ReferenceBackend:
     device = "cpu"
     chunk = 1024  # every chunk dequantizes all weights again: few of them
 
-    def __init__(self, isa: str, reason: str, kv_dtype: DTypeLike = np.float32) -> None:
+    def __init__(self, isa: str, reason: str, kv_type: str = "float32") -> None:
         self.isa = isa
         self.reason = reason
-        self.kv_dtype = kv_dtype
+        self.activations = "float32"
+        self.kv_type = kv_type
+
+    def new_cache(self, config: ModelConfig, ctx: int) -> KVCache:
+        """Return an empty cache of `kv_type`."""
+        return KVCache(config, ctx, self.kv_type)
 
     def load_tensor(self, array: NDArray[Any]) -> Array:
         """Return the tensor as float32; a view where it already is."""
@@ -67,9 +72,9 @@ class ReferenceBackend:
         """Keep the table as it is."""
         return Table(weight, scale)
 
-    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | None:
+    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | LayerOps:
         """Leave the layers to the loop in `model.py`: it is their meaning."""
-        return None
+        return self
 
     def linears(self, x: Array, group: Any) -> list[Array]:
         """Return W x + bias for every Linear, W dequantized a few rows at a time."""
@@ -110,9 +115,7 @@ class ReferenceBackend:
 
     def rotary_table(self, start: int, count: int, inv_freq: Array, scale: float) -> tuple[Array, Array]:
         """Return cos and sin of position * inv_freq, times `scale`, float32 [count, 1, head_dim / 2]."""
-        positions = np.arange(start, start + count, dtype=np.float32)
-        angle = positions[:, None, None] * inv_freq
-        return np.cos(angle) * np.float32(scale), np.sin(angle) * np.float32(scale)
+        return rotary_table(start, count, inv_freq, scale)
 
     def rotate(self, x: Array, table: tuple[Array, Array]) -> Array:
         """Turn the pair (element i, element i + head_dim / 2) by the angle i of its position."""
@@ -149,6 +152,13 @@ class ReferenceBackend:
                 mixed = _attend(grouped[group, :, start:stop], data, scale, mask)
                 out[start:stop, group] = mixed.transpose(2, 0, 1, 3)
         return out.reshape(tokens, heads * width)
+
+
+def rotary_table(start: int, count: int, inv_freq: Array, scale: float) -> tuple[Array, Array]:
+    """Return cos and sin of position * inv_freq, times `scale`, float32 [count, 1, head_dim / 2]."""
+    positions = np.arange(start, start + count, dtype=np.float32)
+    angle = positions[:, None, None] * inv_freq
+    return np.cos(angle) * np.float32(scale), np.sin(angle) * np.float32(scale)
 
 
 def _linear(x: Array, linear: PackedLinear) -> Array:

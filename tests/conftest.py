@@ -22,6 +22,14 @@ def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+@pytest.fixture(autouse=True)
+def gpu_only_where_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep `--device auto` on the CPU in tests that are not marked `gpu`: the same tests on every machine."""
+    if request.node.get_closest_marker("gpu") is None:
+        reason = "hidden from tests that are not marked gpu"
+        monkeypatch.setattr("billm_rt.cuda.device.unavailable_reason", lambda index=0: reason)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of test texts: BILLM_DATA, or `shared/data` beside the checkout."""

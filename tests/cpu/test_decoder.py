@@ -175,8 +175,8 @@ def run(tmp_path: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
         }
 
         def call(**changes: Any) -> None:
-            assert isinstance(model._fused, NativeLayers)
-            model._fused._decoder.run(*{**arguments, **changes}.values())
+            assert isinstance(model._runner, NativeLayers)
+            model._runner._decoder.run(*{**arguments, **changes}.values())
 
         yield call, arguments
 

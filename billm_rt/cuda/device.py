@@ -1,0 +1,169 @@
+"""A GPU through CuPy: memory from its pool, kernels compiled by NVRTC and cached by it on disk, the caller's stream."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from billm_format.errors import DoesNotFitError
+from billm_rt.cuda.launch import Kernel, Size
+from billm_rt.cuda.source import source
+
+_OPTIONS = ("--std=c++17",)
+# Two page-locked buffers of this size carry what is uploaded: the copy from the file into one overlaps the other's.
+_STAGING_BYTES = 32 << 20
+# What a block may have without asking for it.
+_PLAIN_SHARED = 48 << 10
+
+T = TypeVar("T")
+
+
+class Device(Protocol):
+    """Where the kernels run. Arrays are those of a NumPy-like library; only kernels compute on them."""
+
+    name: str
+    multiprocessors: int
+    shared_per_multiprocessor: int  # bytes
+
+    def upload(self, array: NDArray[Any]) -> Any:
+        """Return a copy of the array on the device."""
+        ...
+
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return a device array as a NumPy array, after all work before it."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Return an array whose elements mean nothing yet."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Return an array of zeros."""
+        ...
+
+    def pointer(self, array: Any) -> int:
+        """Return the address of the array's first element."""
+        ...
+
+    def launch(self, kernel: Kernel, size: Size, *arguments: Any) -> None:
+        """Run a kernel: arrays and None become pointers, NumPy scalars values of their type."""
+        ...
+
+    def multiply_halves(self, x: Any, weight: Any, out: Any) -> None:
+        """out = x weight^T: float16 [tokens, width] and [rows, width], float32 sums [tokens, rows]."""
+        ...
+
+
+def unavailable_reason(index: int = 0) -> str | None:
+    """Return in a few words why GPU number `index` cannot be used, None if it can."""
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed (pip install 'billm-rt[cuda12]' or 'billm-rt[cuda13]')"
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy cannot be loaded: {str(error).strip().splitlines()[-1]}"
+    try:
+        count = int(cupy.cuda.runtime.getDeviceCount())
+        if index >= count:
+            return f"there are {count} CUDA devices, counted from 0"
+        capability = cupy.cuda.Device(index).compute_capability
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no CUDA device: {error}"
+    return None if int(capability) >= 80 else f"its compute capability is {capability}, wanted 80 (Ampere) or later"
+
+
+class CupyDevice:
+    """One GPU. Work goes to the stream that is CuPy's current one when a method is called."""
+
+    def __init__(self, index: int = 0) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._device = cupy.cuda.Device(index)
+        self._device.use()
+        properties = cupy.cuda.runtime.getDeviceProperties(index)
+        self.name = properties["name"].decode()
+        self.multiprocessors = int(properties["multiProcessorCount"])
+        self.shared_per_multiprocessor = int(properties["sharedMemPerMultiprocessor"])
+        self._kernels: dict[Kernel, Any] = {}
+        self._staging: list[tuple[Any, Any]] = []  # (page-locked bytes, event behind the last copy from them)
+
+    def upload(self, array: NDArray[Any]) -> Any:
+        """Return a copy of the array on the device, through page-locked memory."""
+        out = self.empty(array.shape, array.dtype)
+        if array.nbytes == 0:
+            return out
+        cupy, stream = self._cupy, self._cupy.cuda.get_current_stream()
+        target = out.reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if not self._staging:
+            import cupyx
+
+            self._staging = [(cupyx.empty_pinned(_STAGING_BYTES, np.uint8), cupy.cuda.Event()) for _ in range(2)]
+        for start in range(0, data.size, _STAGING_BYTES):
+            buffer, copied = self._staging[0]
+            self._staging.reverse()
+            copied.synchronize()
+            part = data[start : start + _STAGING_BYTES]
+            buffer[: part.size] = part
+            target[start : start + part.size].set(buffer[: part.size], stream=stream)
+            copied.record(stream)
+        return out
+
+    def download(self, array: Any) -> NDArray[Any]:
+        """Return a device array as a NumPy array, after all work before it."""
+        found: NDArray[Any] = self._cupy.asnumpy(array)
+        return found
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Return an array from CuPy's pool; DoesNotFitError where the device has no memory left."""
+        return self._allocated(lambda: self._cupy.empty(shape, dtype))
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Return an array of zeros; DoesNotFitError as `empty`."""
+        return self._allocated(lambda: self._cupy.zeros(shape, dtype))
+
+    def pointer(self, array: Any) -> int:
+        """Return the address of the array's first element."""
+        return int(array.data.ptr)
+
+    def launch(self, kernel: Kernel, size: Size, *arguments: Any) -> None:
+        """Run a kernel on the current stream; its first use compiles it, or finds it in CuPy's cache."""
+        function = self._kernels.get(kernel)
+        if function is None:
+            module = self._cupy.RawModule(
+                code=source(kernel.file), options=_OPTIONS, name_expressions=(kernel.expression,)
+            )
+            function = self._kernels[kernel] = module.get_function(kernel.expression)
+        if size.shared > _PLAIN_SHARED and function.max_dynamic_shared_size_bytes < size.shared:
+            function.max_dynamic_shared_size_bytes = size.shared
+        values = tuple(np.uintp(0) if value is None else value for value in arguments)
+        function(size.grid, (size.threads, 1, 1), values, shared_mem=size.shared)
+
+    def multiply_halves(self, x: Any, weight: Any, out: Any) -> None:
+        """out = x weight^T by cuBLAS, float16 products in float32 sums."""
+        from cupy_backends.cuda.libs import cublas
+
+        half, single = self._cupy.cuda.runtime.CUDA_R_16F, self._cupy.cuda.runtime.CUDA_R_32F
+        (tokens, width), rows = x.shape, weight.shape[0]
+        one, zero = np.ones((), np.float32), np.zeros((), np.float32)
+        handle = self._device.cublas_handle
+        cublas.setStream(handle, self._cupy.cuda.get_current_stream().ptr)
+        # cuBLAS counts columns first, so that out is its transpose there: [rows, tokens] = weight x^T.
+        cublas.gemmEx(
+            handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, rows, tokens, width,
+            one.ctypes.data, weight.data.ptr, half, width, x.data.ptr, half, width,
+            zero.ctypes.data, out.data.ptr, single, rows, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
+        )  # fmt: skip
+
+    def _allocated(self, allocate: Callable[[], T]) -> T:
+        try:
+            return allocate()
+        except self._cupy.cuda.memory.OutOfMemoryError as error:
+            free, total = self._device.mem_info
+            raise DoesNotFitError(
+                f"{self.name}: {error}; {free / 1e6:,.0f} MB of {total / 1e6:,.0f} MB are free: "
+                "take a smaller --ctx, or --device cpu"
+            ) from error

@@ -1,0 +1,107 @@
+"""All decoder layers on the device: the loop of `model.py`, each step a kernel that does as much as it can at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from billm_format.config import ModelConfig
+from billm_rt.backend import Activation, Layer, Norm
+from billm_rt.cache import KVCache
+from billm_rt.cuda import launch
+from billm_rt.cuda.cache import DeviceCache
+from billm_rt.cuda.device import Device
+
+_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of decoder.cu
+
+
+def normalize(device: Device, x: Any, norm: Norm, eps: float, delta: Any = None, *, keep: bool) -> Any:
+    """Return norm(x + delta) [tokens, width]; x becomes the sum where `keep`, else it becomes the result."""
+    out = device.empty(x.shape, np.float32) if keep else x
+    size = launch.per_token(x.shape[0])
+    numbers = (np.int32(x.shape[1]), np.float32(eps), np.int32(keep))
+    device.launch(launch.NORMALIZE, size, x, delta, norm.weight, norm.bias, out, *numbers)
+    return out
+
+
+def add(device: Device, x: Any, y: Any) -> None:
+    """x += y."""
+    device.launch(launch.ADD, launch.per_element(x.size), x, y, np.uint64(x.size))
+
+
+class DeviceLayers:
+    """The layers of a model; activations are float32 on the device."""
+
+    def __init__(self, device: Device, config: ModelConfig, layers: Sequence[Layer]) -> None:
+        self._device, self._config, self._layers = device, config, layers
+
+    def run(self, x: Any, cache: KVCache, rotary: tuple[Any, Any] | None) -> None:
+        """Replace x [tokens, hidden_size] by the last layer's output; write the cache, without committing.
+
+        `rotary` is cos and sin of positions from 0 on, [at least all positions, head_dim / 2].
+        """
+        if not isinstance(cache, DeviceCache):
+            raise TypeError(f"cache: wanted one that Model.new_cache made, found {type(cache).__name__}")
+        arrays = cache.reserve(x.shape[0])
+        delta = None  # what is still to be added to x
+        for layer, array in zip(self._layers, arrays, strict=True):
+            delta = self._layer(x, delta, layer, array, cache, rotary)
+        if delta is not None:
+            add(self._device, x, delta)
+
+    def _layer(self, x: Any, delta: Any, layer: Layer, array: Any, cache: DeviceCache, rotary: Any) -> Any:
+        device, eps = self._device, self._config.norm_eps
+        if self._config.norm_position == "pre":
+            normed = normalize(device, x, layer.attn_norm, eps, delta, keep=True)
+            attended = self._attention(normed, layer, array, cache, rotary)
+            return self._mlp(normalize(device, x, layer.mlp_norm, eps, attended, keep=True), layer)
+        normalize(device, x, layer.attn_norm, eps, self._attention(x, layer, array, cache, rotary), keep=False)
+        normalize(device, x, layer.mlp_norm, eps, self._mlp(x, layer), keep=False)
+        return None
+
+    def _attention(self, x: Any, layer: Layer, array: Any, cache: DeviceCache, rotary: Any) -> Any:
+        device, config, tokens = self._device, self._config, x.shape[0]
+        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        qkv = layer.qkv.multiply(x)
+        cos, sin = (None, None) if rotary is None else rotary
+        capacity, padded = array.shape[2:]
+        size = launch.per_head(heads + 2 * kv_heads, tokens)
+        pointers = (qkv, layer.q_norm, layer.k_norm, cos, sin, array[0], array[1], cache.past)
+        numbers = map(np.int32, (heads, kv_heads, width, padded, capacity))
+        device.launch(launch.ROTATE_AND_STORE, size, *pointers, *numbers, np.float32(config.norm_eps))
+        mixed = attend(device, qkv, array, cache.past, len(cache), config)
+        return layer.o.multiply(mixed)
+
+    def _mlp(self, x: Any, layer: Layer) -> Any:
+        device, config, tokens = self._device, self._config, x.shape[0]
+        both = layer.up.multiply(x)
+        width = config.intermediate_size
+        out = device.empty((tokens, width), np.float32)
+        numbers = (tokens, width, _ACTIVATIONS.index(config.activation), config.gated_mlp)
+        device.launch(launch.ACTIVATE, launch.per_element(out.size), both, out, *map(np.int32, numbers))
+        return layer.down.multiply(out)
+
+
+def attend(device: Device, qkv: Any, array: Any, past: Any, held: int, config: ModelConfig) -> Any:
+    """Return the mixed values [tokens, heads * head_dim] for queries at the start of each row of qkv.
+
+    `array` is one layer's cache, which already holds these tokens' keys behind its first `held`; `past` says `held` on
+    the device.
+    """
+    tokens, stride = qkv.shape
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    capacity, padded = array.shape[2:]
+    window = config.sliding_window or 0
+    out = device.empty((tokens, heads * width), np.float32)
+    shape = (heads, kv_heads, width, padded, capacity, stride, window)
+    if tokens > launch.FEW_TOKENS:
+        kernel, size = launch.attend_many(tokens, heads, width)
+        device.launch(kernel, size, qkv, array[0], array[1], past, out, *map(np.int32, (tokens, *shape)))
+        return out
+    seen = min(held + tokens, window or held + tokens)
+    few = launch.attend_few(tokens, seen, heads, kv_heads, width, device.multiprocessors)
+    partial = device.empty((tokens, heads, few.splits, padded + 2), np.float32)
+    device.launch(few.kernel, few.size, qkv, array[0], array[1], past, partial, *map(np.int32, shape))
+    size = launch.per_row_of_heads(heads, tokens)
+    device.launch(launch.COMBINE, size, partial, out, *map(np.int32, (heads, width, padded, few.splits)))
+    return out

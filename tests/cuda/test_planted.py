@@ -1,0 +1,79 @@
+"""Errors planted into copies of the kernels: each must show against the reference that the true kernel meets."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda import references
+from cuda.conftest import RandomLinear
+from cuda.emulator import EmulatedDevice
+from random_model import tiny_config
+
+from billm_rt.cuda import launch
+from billm_rt.cuda.cache import DeviceCache
+from billm_rt.cuda.launch import Kernel
+from billm_rt.cuda.layers import attend
+from billm_rt.cuda.linear import LinearGroup
+from billm_rt.cuda_backend import CudaBackend
+
+Check = Callable[[EmulatedDevice, RandomLinear, np.random.Generator], float]
+
+
+def gemv(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Generator) -> float:
+    """Return the error of a product whose last block is short and whose rows do not fill a tile."""
+    linear = random_linear(41, 300, 128, col_scale=True)
+    x = rng.standard_normal((2, 300)).astype(np.float32)
+    return references.error(LinearGroup(device, [linear]).multiply(x), references.products(x, [linear]))
+
+
+def head(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Generator) -> float:
+    """Return the error of a product with rows of bytes."""
+    weight, x = rng.integers(-127, 128, (19, 64), np.int8), rng.standard_normal((1, 64)).astype(np.float32)
+    backend = CudaBackend(device)
+    table = backend.load_table(weight, np.ones(19, np.float16))
+    return references.error(backend.head(x, table), x.astype(np.float64) @ weight.astype(np.float64).T)
+
+
+def attention(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Generator) -> float:
+    """Return the error of one query over 70 keys."""
+    config = tiny_config(num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_hidden_layers=1)
+    cache = DeviceCache(config, 128, device)
+    cache.reserve(70)
+    cache.commit([0] * 69)
+    array = cache.reserve(1)[0]
+    array[:, :, :70] = rng.standard_normal((2, 2, 70, 16))
+    query = rng.standard_normal((1, 96)).astype(np.float32)
+    held = array[:, :, :70].astype(np.float64)
+    wanted = references.attention(query[:, :32].reshape(1, 2, 16).astype(np.float64), held[0], held[1], 69, 0)
+    return references.error(attend(device, query, array, cache.past, 69, config), wanted.reshape(1, 32))
+
+
+GEMV = launch.gemv_shape(2, 2, 128).kernel
+HEAD = launch.multiply_kernel(np.dtype(np.int8), 64, 1)
+ATTEND = Kernel("attention.cu", "attend_few<1, 1>")
+
+
+@pytest.mark.parametrize(
+    ("check", "kernels", "true", "planted"),
+    [
+        pytest.param(gemv, [GEMV], "tile * TILE_ROWS + g + 8, linear", "tile * TILE_ROWS + g + 7, linear", id="row"),
+        pytest.param(gemv, [GEMV], "lane / 8 % 2) + lane / 16", "lane / 8 % 2) + lane / 8 % 2", id="column"),
+        pytest.param(gemv, [GEMV], "linear.scales + row[half] * num", "linear.scales + row[0] * num", id="scales"),
+        pytest.param(gemv, [GEMV], "~(s0 | salient[i])", "~(s0 & salient[i])", id="class"),
+        pytest.param(head, [HEAD], "values[start + i]) * few", "values[start]) * few", id="head"),
+        pytest.param(attention, [ATTEND, launch.COMBINE], "min(first + each, position + 1)", "position", id="key"),
+    ],
+)
+def test_a_planted_error_shows(
+    check: Check,
+    kernels: list[Kernel],
+    true: str,
+    planted: str,
+    device: EmulatedDevice,
+    random_linear: RandomLinear,
+    rng: np.random.Generator,
+    tmp_path: Path,
+) -> None:
+    assert check(device, random_linear, rng) < 1e-4
+    assert not check(EmulatedDevice(tmp_path, kernels, [(true, planted)]), random_linear, rng) < 1e-2
