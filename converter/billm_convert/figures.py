@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,9 +36,9 @@ class LinearFigures:
 
 def linear_figures(weight: Tensor, hessian: Tensor, searches: Searches | None) -> LinearFigures:
     """Return the figures of a Linear `weight` [rows, cols] whose inputs have the Hessian `hessian` [cols, cols]."""
-    values = weight.cpu().numpy()
-    largest = float(np.abs(values).max()) or 1.0
-    weights, _ = np.histogram(values, bins=WEIGHT_BINS, range=(-largest, largest))
+    low, high = (float(value) for value in torch.aminmax(weight))
+    largest = max(-low, high) or 1.0
+    weights, _ = np.histogram(weight.cpu().numpy(), bins=WEIGHT_BINS, range=(-largest, largest))
     diagonal = hessian.diagonal().double().cpu().numpy()
     logs = np.log10(diagonal[diagonal > 0])
     limits = (float(logs.min()), float(logs.max())) if logs.size else (0.0, 0.0)
@@ -46,7 +47,7 @@ def linear_figures(weight: Tensor, hessian: Tensor, searches: Searches | None) -
     return LinearFigures(
         weights=weights.astype(np.int64),
         weight_range=np.array([-largest, largest]),
-        weight_deviation=np.array([values.std(dtype=np.float64)]),
+        weight_deviation=np.array([float(weight.std(correction=0))]),
         hessian=counts.astype(np.int64),
         hessian_range=edges[[0, -1]],  # numpy widens a range of one value
         hessian_zeros=np.array([diagonal.size - logs.size]),

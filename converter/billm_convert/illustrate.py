@@ -60,7 +60,7 @@ def write(
     from billm_convert.page import write_page
     from billm_convert.sections import Material
 
-    stages: dict[str, Kind] = {"before training": "block", "as stored": "final"}
+    stages: dict[str, Kind] = {"before training": "block", "after training": "final"}
     if report.settings["recipe"] != TUNED:
         stages = {"as stored": "block"}
     depth, figures = {}, {}

@@ -189,9 +189,7 @@ def salient_search(linears: Mapping[str, LinearFigures], layer: int, fewest: int
     _outer_labels(figure, "number of salient columns", "relative error, one plane a class")
     _legend(figure, panels, len(curves))
     figure.suptitle(f"Search for the number of salient columns, decoder block {layer}")
-    best = "; ".join(
-        f"{name} {_listed(np.nanargmin(lines[:, fewest:], axis=1) + fewest)}" for name, lines in curves.items()
-    )
+    best = "; ".join(f"{name} {_listed([_best(line, fewest) for line in lines])}" for name, lines in curves.items())
     caption = (
         "The paper's Fig. 9: the error ‖W − B‖² / ‖W‖² of Eq. 5 over the number of salient columns, for the first "
         "blocks of columns. The dot is the number taken."
@@ -215,7 +213,9 @@ def split_search(linears: Mapping[str, LinearFigures], layer: int) -> Picture:
     _outer_labels(figure, "break-point p / largest magnitude of the block", "relative error")
     _legend(figure, panels, len(curves))
     figure.suptitle(f"Search for the break-point, decoder block {layer}")
-    best = "; ".join(f"{name} {_listed((np.nanargmin(lines, axis=1) + 1) / 10)}" for name, lines in curves.items())
+    best = "; ".join(
+        f"{name} {_listed([(_best(line, 0) + 1) / 10 for line in lines])}" for name, lines in curves.items()
+    )
     caption = (
         "The paper's Fig. 10: the error of Eq. 11 over the break-point between the concentrated and the sparse group, "
         "over the non-salient weights of the first blocks of columns. The dot is the break-point taken."
@@ -311,7 +311,7 @@ def _curves(axes: Axes, x: NDArray[Any], lines: NDArray[np.float64], first: int)
     """Draw a search's curves and a dot at the least error from place `first` on."""
     for index, line in enumerate(lines):
         colour = _COLOURS[index % 7]
-        best = first + int(np.nanargmin(line[first:]))
+        best = _best(line, first)
         dots = "." if len(x) < 10 else ""
         axes.plot(x, line, color=colour, marker=dots, linewidth=1.2, label=f"block {index} of columns")
         axes.plot(x[best], line[best], color=colour, marker=_MARKERS[index % 7], markersize=5)
@@ -346,7 +346,14 @@ def _bytes(size: int) -> str:
     return f"{size / 1e6:,.2f} MB" if size >= 1e5 else f"{size / 1e3:,.2f} kB"
 
 
-def _listed(values: NDArray[Any]) -> str:
+def _best(line: NDArray[np.float64], first: int) -> int:
+    """Return the candidate that a search took: the best from `first` on, or the last where a short block has none."""
+    known = line[~np.isnan(line)]
+    first = min(first, len(known) - 1)
+    return first + int(np.argmin(known[first:]))
+
+
+def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 

@@ -182,7 +182,7 @@ def test_training_is_shown_before_and_after(tmp_path: Path, seed: int) -> None:
     page, report = reported(tmp_path, seed, recipe=TUNED, effort="blocks")
     assert pictures(tmp_path / "page") == {*ALWAYS, "tuning"}
     assert any(
-        "before training" in (image["alt"] or "") and "as stored" in (image["alt"] or "") for image in page.images
+        "before training" in (image["alt"] or "") and "after training" in (image["alt"] or "") for image in page.images
     )
     assert report.tuning is not None
     page, report = reported(tmp_path / "other", seed, recipe=TUNED, effort="fast")
@@ -406,6 +406,16 @@ def test_search_curves_are_the_errors_of_every_candidate(seed: int) -> None:
         binary = _binarized(rest, near) + _binarized(rest, ~near)
         assert found == pytest.approx(((rest - binary) ** 2).sum() / (rest**2).sum(), rel=1e-9)
     assert solve_linear(torch.from_numpy(weight), torch.from_numpy(hessian), PaperSettings(32, 3, 9)).searches is None
+
+
+def test_a_last_block_of_few_columns_has_a_short_curve(seed: int) -> None:
+    weight, hessian = torch.from_numpy(np.random.default_rng(seed).normal(size=(4, 34))), torch.eye(34).double()
+    solved = solve_linear(weight, hessian, PaperSettings(32, 3, 9, keep_searches=True))
+    figures = linear_figures(weight, hessian, solved.searches)
+    assert np.isnan(figures.salient_search).sum(1).tolist() == [0, 8]  # of 2 columns one at most is salient
+    drawn = pictures_module.salient_search({"q_proj": figures}, 0, 3)
+    chosen = unpack_bits(solved.packed.salient, 34)
+    assert f"q_proj {chosen[:32].sum()}, {chosen[32:].sum()}." in drawn.alt
 
 
 def test_depth_errors_are_those_of_the_normed_hidden_states(
