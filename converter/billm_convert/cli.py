@@ -126,7 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     run.add_argument("--resume", action="store_true", help="go on with an unfinished conversion")
     run.add_argument("--force", action="store_true", help="start over, and replace OUT if it exists")
-    run.add_argument("--report", type=Path, metavar="FILE.json", help="write errors, sizes, time and memory there")
+    run.add_argument(
+        "--report", type=Path, metavar="FOLDER|FILE.json", help="write a page with pictures there, or the figures alone"
+    )
     # The words of the authors' code.
     how.add_argument("--percdamp", dest="damp", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     how.add_argument("--blocksize", dest="block_size", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -141,7 +143,9 @@ def _by_recipe(values: dict[str, float]) -> str:
 def run(args: argparse.Namespace) -> int:
     """Convert as `args` say and print the result; return the exit code."""
     fields = ConvertSettings.__dataclass_fields__
-    settings = ConvertSettings(**{name: value for name, value in vars(args).items() if name in fields})
+    as_json = args.report if args.report is not None and args.report.suffix.lower() == ".json" else None
+    values = {**vars(args), "report": None if as_json else args.report}
+    settings = ConvertSettings(**{name: value for name, value in values.items() if name in fields})
     if args.report is not None and not args.report.parent.is_dir():
         raise UsageError(f"{args.report}: there is no folder {args.report.parent}; make it first")
     # Read when transformers is imported: its notes and bars are about loading, not about this conversion.
@@ -158,12 +162,14 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"{parser_name()}: interrupted{_how_to_resume(args.out)}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if args.report is not None:
-        _write_report(args.report, report)
+    if as_json is not None:
+        _write_report(as_json, report)
     if args.json:
         emit_json(SCHEMA, SCHEMA_VERSION, report.to_json())
     else:
         print_result(report, table=not args.quiet)
+        if settings.report and not args.quiet:
+            print(f"report: {settings.report / 'index.html'}")
     if args.json and not args.quiet and report.check and report.check.advice:
         print(f"{parser_name()}: {report.check.advice}", file=sys.stderr)
     if report.check:

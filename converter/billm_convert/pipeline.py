@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from billm_convert import gate, resources
+from billm_convert import gate, illustrate, resources
 from billm_convert.block import DecoderBlock, Rotary, embed
 from billm_convert.calibration import choose_text, describe, draw_windows
 from billm_convert.embedding import EmbeddingTable, to_float16
+from billm_convert.figures import LinearFigures, linear_figures, save_figures
 from billm_convert.recipes import choose_recipe
 from billm_convert.settings import (
     COL_SCALED,
@@ -73,6 +74,7 @@ class Conversion:
         """Open and check the model and the text, choose what the settings left open, and say so."""
         _check_out(out)
         self.out = out
+        self.folder = settings.report and illustrate.check_folder(settings.report, out)
         self.settings = settings
         self._progress = progress
         self.source: ModelSource = open_model(model)
@@ -129,7 +131,7 @@ class Conversion:
     def run(self, started: float) -> ConvertReport:
         """Do the work that is not done yet, write the file and return what it came to."""
         with WorkFolder(self.out) as work:
-            state = {"fingerprint": self.fingerprint(), "replace": self.settings.force and self.out.exists()}
+            state = {"fingerprint": self.fingerprint(), "report": str(self.folder)}
             resumed = self._begin(work, state)
             if resumed is None:
                 return self._already_done(started)
@@ -140,8 +142,13 @@ class Conversion:
             if self.settings.recipe == TUNED:
                 record["tuning"] = self._tune(work)
             size = self._assemble(work, record)
-            work.remove()
-        return self._report(started, record, size, resumed)
+            report = self._report(started, record, size, resumed)
+            if self.folder:
+                self._progress(Event("drawing", 0, 1))
+                beginning = self._embed(tokens[: max(1, _BATCH_TOKENS // 2 // self.seqlen)])
+                illustrate.write(self.folder, self.source, self.quantization, report, work, beginning.to(self.device))
+            work.remove()  # last: an interrupted check or a report that failed can be done again
+        return report
 
     def _check_room(self, work: WorkFolder) -> None:
         """Raise DoesNotFitError for too little memory or disk, before hours of work rather than after."""
@@ -160,6 +167,7 @@ class Conversion:
         old = work.state()
         if old is not None and self.settings.resume:
             _check_same(old.get("fingerprint"), state["fingerprint"], work.path)
+            illustrate.check_free(self.folder, replace=old.get("report") == state["report"])
             finished = work.finished_blocks()
             self.say(f"going on after {finished} of {self.config.num_hidden_layers} blocks")
             return finished
@@ -172,6 +180,7 @@ class Conversion:
             if self.settings.resume and self._is_this_conversion():
                 return None
             raise UsageError(f"{self.out} exists already: pass --force to replace it")
+        illustrate.check_free(self.folder, replace=self.settings.force)
         work.begin(state)
         if self.settings.resume:
             self.say("there is nothing to resume: starting from the first block")
@@ -291,10 +300,14 @@ class Conversion:
         recipe = choose_recipe(self.settings)
         stored = {f"layers.{layer}.{name}": value.cpu().numpy() for name, value in weights.items() if "norm" in name}
         reports = []
+        figures: dict[str, LinearFigures] = {}
         for inputs in groups:
-            together = recipe([weights[f"{linear}.weight"] for linear in inputs.linears], inputs)
-            for linear, solved in zip(inputs.linears, together, strict=True):
+            originals = [weights[f"{linear}.weight"] for linear in inputs.linears]
+            together = recipe(originals, inputs)
+            for linear, original, solved in zip(inputs.linears, originals, together, strict=True):
                 name = f"layers.{layer}.{linear}"
+                if self.folder:
+                    figures[name] = linear_figures(original, inputs.hessian, solved.searches)
                 bias = weights.get(f"{linear}.bias")
                 stored |= packed_tensors(name, solved.packed, None if bias is None else bias.cpu().numpy())
                 weights[f"{linear}.weight"] = torch.from_numpy(solved.packed.dequantize()).to(self.device)
@@ -309,6 +322,8 @@ class Conversion:
                     )
                 )
         reports.sort(key=lambda report: list(self.config.linears()).index(report.name.rpartition(".")[2]))
+        if figures:
+            save_figures(work, layer, figures)  # before the block: a finished one has its figures
         work.save_block(layer, stored, [vars(report) for report in reports])
         self._linears += reports
         self._step(layer, 0.7, tuple(reports))
@@ -430,7 +445,12 @@ class Conversion:
     def _already_done(self, started: float) -> ConvertReport:
         self.say(f"{self.out} is finished already")
         with BillmFile.open(self.out) as file:
-            return self._report(started, file.conversion, file.nbytes, self.config.num_hidden_layers)
+            report = self._report(started, file.conversion, file.nbytes, self.config.num_hidden_layers)
+        if self.folder and self.folder.exists():
+            self.say(f"{self.folder} is left as it is")
+        elif self.folder:
+            illustrate.write(self.folder, self.source, self.quantization, report)
+        return report
 
 
 _LINEAR_PARTS = ("sign", "second", "salient", "scales", "row_scale")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from billm_convert.refined import RefinedSettings, solve_refined
-from billm_convert.settings import ConvertSettings
+from billm_convert.settings import FEWEST_SALIENT, ConvertSettings
 from billm_convert.solved import SolvedLinear
 from billm_convert.solver import PaperSettings, solve_linear
 from billm_convert.streams import Inputs
@@ -16,7 +16,7 @@ Recipe = Callable[[Sequence[Tensor], Inputs], list[SolvedLinear]]
 
 def choose_recipe(settings: ConvertSettings) -> Recipe:
     """Return the recipe that `settings` name, with their numbers."""
-    fewest = min(3, settings.max_salient)
+    fewest = min(FEWEST_SALIENT, settings.max_salient)
     if settings.recipe != "paper":  # "tuned" begins with it
         refined = RefinedSettings(settings.block_size, fewest, settings.max_salient, settings.dampening)
         return lambda weights, inputs: solve_refined(
@@ -35,4 +35,5 @@ def _paper(settings: ConvertSettings, fewest: int) -> PaperSettings:
         damp=settings.dampening,
         compensation="none" if settings.ablation == "no-compensation" else "quotient",
         splitting=settings.ablation != "salient-only",
+        keep_searches=settings.report is not None,
     )

@@ -21,6 +21,7 @@ _LABELS = {
     "tuning model": "tuning the model",
     "writing": "writing",
     "checking": "checking",
+    "drawing": "drawing the report",
 }
 _LEAST_SHARE = 0.01  # of the work, before its speed says anything about the rest
 

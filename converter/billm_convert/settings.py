@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from billm_format.command import finite
@@ -16,6 +17,7 @@ FOLLOWED = ("refined", TUNED)  # recipes calibrated on two streams, Linear by Li
 DAMP = {"paper": 0.01, "refined": 0.05, TUNED: 0.05}
 # What can be left out of the paper's recipe (its Fig. 8, and the compensation).
 ABLATIONS = ("salient-only", "splitting-only", "no-compensation")
+FEWEST_SALIENT = 3  # columns of a block, as in the paper, unless even that is more than the most
 SELF = "self"  # --calib: text that the full-precision model writes itself
 
 # The paper's calibration, and what a CPU gets through in minutes: (windows, tokens in each).
@@ -62,6 +64,7 @@ class ConvertSettings:
     force: bool = False
     check: bool = True  # measure a short perplexity beside the original's when the file is whole
     max_ppl_ratio: float | None = None  # of the perplexities: beyond it the command fails
+    report: Path | None = None  # folder to write with a page and pictures of the conversion
 
     def __post_init__(self) -> None:
         """Raise UsageError, naming the option, for a value that cannot work."""
@@ -122,7 +125,9 @@ class LinearReport:
 class Event:
     """One step of progress: `done` of `total`, fractions of a block included, or something to say."""
 
-    stage: Literal["note", "sampling", "blocks", "targets", "tuning blocks", "tuning model", "writing", "checking"]
+    stage: Literal[
+        "note", "sampling", "blocks", "targets", "tuning blocks", "tuning model", "writing", "checking", "drawing"
+    ]
     done: float = 0.0
     total: float = 0.0
     text: str = ""

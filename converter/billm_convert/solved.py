@@ -1,12 +1,20 @@
 """What every recipe takes and gives: a Linear and its Hessian, checked; a binarized Linear with its errors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear
+
+
+@dataclass(frozen=True)
+class Searches:
+    """What a solver's searches saw: of each block in turn, ||W - B||² / ||W||² by candidate, float64."""
+
+    salient: list[Tensor] = field(default_factory=list)  # [candidates]: 0, 1, 2 ... salient columns (Eq. 5)
+    split: list[Tensor] = field(default_factory=list)  # [9]: the break-points (Eq. 11), over non-salient weights
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,7 @@ class SolvedLinear:
     salient_fraction: float  # of all columns
     sparse_fraction: float  # of the non-salient weights
     damp: float  # what was used: above the settings' where H was not positive definite
+    searches: Searches | None = None  # None: the recipe has none, or was not asked to keep them
 
 
 def check_problem(weight: Tensor, hessian: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from billm_convert.binarize import BlockCodes, binarize_block, row_step
 from billm_convert.hessian import factor_inverse
 from billm_convert.salient import salience, select_columns
-from billm_convert.solved import SolvedLinear, check_problem, relative_errors
+from billm_convert.solved import Searches, SolvedLinear, check_problem, relative_errors
 from billm_convert.split import Breakpoint, sparse_group
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
@@ -20,7 +20,7 @@ from billm_format.packing import PackedLinear, pack_bits
 
 @dataclass(frozen=True)
 class PaperSettings:
-    """What the paper leaves to choose; the defaults are its own. The last four are for comparisons."""
+    """What the paper leaves to choose; the defaults are its own. From `breakpoint` on: for comparisons and pictures."""
 
     block_size: int = 128
     min_salient: int = 3  # of each block's columns
@@ -30,6 +30,7 @@ class PaperSettings:
     search_on: Literal["weights", "salience"] = "weights"  # "salience": both searches on S, as the authors' code does
     compensation: Literal["quotient", "exact", "none"] = "quotient"  # "quotient": Algorithm 1, line 12
     splitting: bool = True  # False: one group of non-salient weights
+    keep_searches: bool = False  # return what the searches saw
 
     def __post_init__(self) -> None:
         """Raise UsageError unless the numbers can be used."""
@@ -58,7 +59,8 @@ def solve_linear(weight: Tensor, hessian: Tensor, settings: PaperSettings | None
     for codes in _solve_blocks(weight, upper, settings, None):
         largest = torch.maximum(largest, _largest_scale(codes.scales))
     step = row_step(largest)
-    codes = _join(list(_solve_blocks(weight, upper, settings, step)))
+    searches = Searches() if settings.keep_searches else None
+    codes = _join(list(_solve_blocks(weight, upper, settings, step, searches)))
     error, weight_error = relative_errors(weight, weight - codes.weight, hessian)
     columns = int(codes.salient.sum())
     sparse = int((codes.second & ~codes.salient).sum())
@@ -69,10 +71,13 @@ def solve_linear(weight: Tensor, hessian: Tensor, settings: PaperSettings | None
         salient_fraction=columns / weight.shape[1],
         sparse_fraction=sparse / (weight.shape[0] * (weight.shape[1] - columns)),
         damp=factor.damp,
+        searches=searches,
     )
 
 
-def _solve_blocks(weight: Tensor, upper: Tensor, settings: PaperSettings, step: Tensor | None) -> Iterator[BlockCodes]:
+def _solve_blocks(
+    weight: Tensor, upper: Tensor, settings: PaperSettings, step: Tensor | None, searches: Searches | None = None
+) -> Iterator[BlockCodes]:
     """Yield the blocks in column order, each solved on weights that make up for the blocks before it."""
     work = weight.clone()
     diagonal = upper.diagonal()
@@ -82,10 +87,11 @@ def _solve_blocks(weight: Tensor, upper: Tensor, settings: PaperSettings, step: 
         block = work[:, start:stop]
         sensitivity = salience(block, diagonal[start:stop])
         target = block if settings.search_on == "weights" else sensitivity
-        salient = select_columns(target, sensitivity, settings.min_salient, settings.max_salient)
+        curve = searches.salient if searches else None
+        salient = select_columns(target, sensitivity, settings.min_salient, settings.max_salient, curve)
         sparse = torch.zeros_like(target)
         if settings.splitting:
-            sparse = sparse_group(target, salient, settings.breakpoint)
+            sparse = sparse_group(target, salient, settings.breakpoint, searches.split if searches else None)
         codes = binarize_block(block, salient, sparse, step)
         _compensate(work, block - codes.weight, upper, start, settings.compensation)
         yield codes

@@ -5,17 +5,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from billm_convert.salient import relative_error
+
 Breakpoint = Literal["magnitude", "percentile"]
 
 _TENTHS = 10
 
 
-def sparse_group(target: Tensor, salient: Tensor, kind: Breakpoint) -> Tensor:
+def sparse_group(target: Tensor, salient: Tensor, kind: Breakpoint, curve: list[Tensor] | None = None) -> Tensor:
     """Return 1 for the sparse group |w| > p*, else 0, [rows, n] in the dtype of `target`; salient columns are 0.
 
     `target` is W [rows, n], `salient` [n] 1 or 0, with at least one 0. p* is the first of nine candidates with the
     least error of Eq. 11, both groups binarized per row: tenths of max |w| over the non-salient weights of the block
-    ("magnitude", Algorithm 2, `seg_search`, line 4), or their deciles ("percentile", the text of section 3.2).
+    ("magnitude", Algorithm 2, `seg_search`, line 4), or their deciles ("percentile", the text of section 3.2). The
+    candidates' relative errors are appended to `curve`.
     """
     # Salient weights become zeros: never sparse, nothing to any sum, and too many in each row's count, by as many.
     magnitude = target.abs() * (1 - salient)
@@ -32,7 +35,10 @@ def sparse_group(target: Tensor, salient: Tensor, kind: Breakpoint) -> Tensor:
         # As for salient columns: a row's error is Σw² less (Σ|w|)²/n of each group.
         gain = inside**2 / count.clamp(min=1) + (total - inside) ** 2 / (size - count).clamp(min=1)
         gains.append(gain.sum(dtype=torch.float64))
-    best = candidates[torch.argmax(torch.stack(gains))]
+    found = torch.stack(gains)
+    if curve is not None:
+        curve.append(relative_error(magnitude, found))
+    best = candidates[torch.argmax(found)]
     return torch.gt(magnitude, best, out=concentrated)
 
 

@@ -16,7 +16,7 @@ from billm_convert.settings import EFFORTS, ConvertSettings, Event, Progress
 from billm_convert.source import ModelSource
 from billm_convert.tune_block import BlockStart, Rates, TunedBlock, TunedModel, block_start, block_tensors
 from billm_convert.tune_text import HELD_OUT, TuningText
-from billm_convert.tune_train import BlockLoss, Trainer, logit_distance, quick_products, tune_block
+from billm_convert.tune_train import Trainer, block_loss, logit_distance, quick_products, tune_block
 from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import UsageError
@@ -141,7 +141,7 @@ class Tuning:
 
     def _tune_block(self, layer: int, block: TunedBlock, hidden: Tensor, wanted: Tensor) -> list[float]:
         """Train one block to turn `hidden` into `wanted`; return its held-out error before and after."""
-        loss = self._block_loss(layer)
+        loss = block_loss(self._source, layer, self._device)
         training = len(hidden) - HELD_OUT
 
         def judge() -> float:
@@ -157,20 +157,6 @@ class Tuning:
         after = judge()
         _check_finite(after, f"block {layer}")
         return [before, after]
-
-    def _block_loss(self, layer: int) -> BlockLoss:
-        """Return the loss that sees block `layer`'s output as the norm behind it does."""
-        if layer + 1 < self._config.num_hidden_layers:
-            name, names = "attn_norm", {f"layers.{layer + 1}.attn_norm.{part}": part for part in ("weight", "bias")}
-        else:
-            name, names = "final_norm", {f"final_norm.{part}": part for part in ("weight", "bias")}
-        known = set(self._source.names())
-        norms = {
-            f"{name}.{part}": self._source.tensor(full).to(self._device)
-            for full, part in names.items()
-            if full in known
-        }
-        return BlockLoss(self._config, norms, name)
 
     def _advance(self, block: DecoderBlock, hidden: Tensor) -> None:
         for window in hidden:

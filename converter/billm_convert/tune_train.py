@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from billm_convert.block import normalize
+from billm_convert.source import ModelSource
 from billm_convert.tune_block import Rates, TunedBlock, parameter_groups
 from billm_format.config import ModelConfig
 
@@ -113,6 +114,18 @@ class BlockLoss:
         # After a "post" norm the output has its size already.
         read = self._config.norm_position == "pre" and f"{self._name}.weight" in self._norms
         return normalize(self._config, self._norms, self._name, x) if read else x
+
+
+def block_loss(source: ModelSource, layer: int, device: torch.device) -> BlockLoss:
+    """Return the loss that sees block `layer`'s output as the norm behind it does."""
+    config = source.config
+    if layer + 1 < config.num_hidden_layers:
+        name, names = "attn_norm", {f"layers.{layer + 1}.attn_norm.{part}": part for part in ("weight", "bias")}
+    else:
+        name, names = "final_norm", {f"final_norm.{part}": part for part in ("weight", "bias")}
+    known = set(source.names())
+    norms = {f"{name}.{part}": source.tensor(full).to(device) for full, part in names.items() if full in known}
+    return BlockLoss(config, norms, name)
 
 
 def tune_block(

@@ -26,8 +26,8 @@ _TEXT = "tuning-text.safetensors"
 _TRAINING = "training.safetensors"
 _BLOCK = "{}-{:05d}.safetensors"
 # block: as the solver left it; tuned: trained by itself; final: trained with the whole model (one more than there are
-# blocks: what belongs to none).
-Kind = Literal["block", "tuned", "final"]
+# blocks: what belongs to none); figures: what a report draws of a block.
+Kind = Literal["block", "tuned", "final", "figures"]
 _SETS = tuple(f"{kind}-*.safetensors" for kind in get_args(Kind))
 _OURS = tuple(f"{name}{end}" for name in (*_SETS, _TOKENS, _TEXT, _TRAINING, _STATE) for end in ("", ".tmp"))
 
@@ -107,9 +107,13 @@ class WorkFolder:
     def finished_blocks(self, kind: Kind = "block") -> int:
         """Return how many blocks, from the first on, are finished."""
         count = 0
-        while (self.path / _BLOCK.format(kind, count)).exists():
+        while self.has_block(count, kind):
             count += 1
         return count
+
+    def has_block(self, layer: int, kind: Kind) -> bool:
+        """Return whether a block is there in this form."""
+        return (self.path / _BLOCK.format(kind, layer)).exists()
 
     def finished_bytes(self) -> int:
         """Return the bytes that the finished blocks take on disk."""

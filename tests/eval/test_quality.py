@@ -109,6 +109,25 @@ def test_an_interrupted_run_goes_on_and_measures_nothing_twice(
     assert len(measured) == 6 * 3 + 1
 
 
+def test_ablations_and_what_methods_cost(
+    quality: ModuleType, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv[argv.index("--methods") + 1 : argv.index("--data")] = ["paper", "rtn-1", "--ablation"]
+    found = report(quality, argv, capsys)
+    parts = ["paper, salient-only", "paper, splitting-only", "paper, no-compensation"]
+    assert list(found)[1:] == [(method, size) for method in ("paper", "rtn-1", *parts) for size in (32, 64)]
+    values = {key: record["perplexity"]["text.txt, 3 x 32"]["perplexity"] for key, record in found.items()}
+    assert len(set(values.values())) == len(values)
+    assert found["paper, splitting-only", 32]["bits"]["paper"] == 1
+    assert found["full precision", 0]["cost"] is None
+    costs = [record["cost"] for key, record in found.items() if key[1]]
+    assert all(cost["cpu_seconds"] > 0 and cost["seconds"] > 0 for cost in costs)
+    assert "| paper, salient-only | 64 |" in (tmp_path / "out" / "quality.md").read_text()
+    assert {key: record["cost"] for key, record in report(quality, argv, capsys).items()} == {
+        key: record["cost"] for key, record in found.items()
+    }
+
+
 def test_figures_of_other_settings_are_not_mixed(
     quality: ModuleType, argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
