@@ -119,6 +119,9 @@ def _check_activations(x: QuantizedActivations, cols: int) -> None:
     _check_bits(x.bits)
     _check("x.values", x.values, np.int16, (-1, cols))
     _check("x.scales", x.scales, np.float32, (x.values.shape[0], num_blocks(cols, x.block)))
+    limit = top(x.bits)
+    if x.values.size and (x.values.max() > limit or x.values.min() < -limit):
+        raise ValueError(f"x.values: wanted -{limit} to {limit} at {x.bits} bits, found others")
 
 
 def _check_block(block: int) -> None:

@@ -87,6 +87,22 @@ def test_wrong_activations(
         cpu.binary_linear(weight, dataclasses.replace(activations(), **fields))
 
 
+@pytest.mark.parametrize(("bits", "top"), [(8, 127), (16, 127 * 256 + 127)])
+def test_activations_out_of_range(backend: str, weight: PackedLinear, bits: int, top: int) -> None:
+    table, scale = np.ones((5, COLS), np.int8), np.ones(5, np.float16)
+    for tokens, place in ((1, (0, 0)), (3, (2, COLS - 1)), (3, (1, 50))):
+        for value in (top, -top, top + 1, -top - 1, -32768, 32767):
+            x = dataclasses.replace(activations(tokens), bits=bits)
+            x.values[...] = 0
+            x.values[place] = value
+            if abs(value) <= top:
+                assert cpu.int8_linear(table, scale, x).any() and cpu.binary_linear(weight, x).any()
+                continue
+            for product in (lambda x: cpu.int8_linear(table, scale, x), lambda x: cpu.binary_linear(weight, x)):
+                with pytest.raises(ValueError, match=f"x.values: wanted -{top} to {top} at {bits} bits, found others"):
+                    product(x)
+
+
 def test_wrong_row_scale(backend: str, weight: PackedLinear) -> None:
     with pytest.raises(ValueError, match=r"row_scale: wanted shape \[6\], found \[7\]"):
         cpu.binary_linear(weight, activations(), np.ones(7, np.float32))

@@ -88,6 +88,17 @@ static size_t blocks_of(size_t cols, size_t block) {
 
 enum { X, X_SCALE, OUT, ROW_SCALE, OPERANDS };
 
+/* The kernels' digits, and that sums fit into 32 bits, rest on the range of the activations. */
+static int check_range(const int16_t *x, size_t count, int bits) {
+    const int top = (int)billm_top(bits);
+    int outside = 0;
+    for (size_t i = 0; i < count; i++)
+        outside |= x[i] > top || x[i] < -top;
+    if (outside)
+        PyErr_Format(PyExc_ValueError, "x.values: wanted -%d to %d at %d bits, found others", top, top, bits);
+    return outside ? -1 : 0;
+}
+
 /* Check the activations and the output against the weight, and multiply. `views` is the caller's to release. */
 static PyObject *multiply(const struct billm_weight *weight, const struct billm_epilogue *epilogue, PyObject *x,
                           PyObject *x_scale, int bits, PyObject *out, Py_buffer *views) {
@@ -104,6 +115,8 @@ static PyObject *multiply(const struct billm_weight *weight, const struct billm_
         PyErr_SetString(PyExc_ValueError, "x.values, x.scales, out: wanted aligned memory");
         return NULL;
     }
+    if (check_range(views[X].buf, (size_t)x_shape[0] * weight->cols, bits))
+        return NULL;
     struct billm_tokens tokens = {views[X].buf, views[X_SCALE].buf, (size_t)x_shape[0], bits};
     struct billm_product product = {weight, *epilogue, views[OUT].buf, weight->rows, 0};
     int failed;
