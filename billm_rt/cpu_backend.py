@@ -78,7 +78,11 @@ class CpuBackend(ReferenceBackend):
         return np.stack([weight @ token for token in x])
 
     def head(self, x: Array, table: Any) -> Array:
-        """Multiply by int8 rows on integer activations; a float16 table goes the float32 way."""
+        """Multiply by int8 rows on integer activations; by a float16 table in float32, token by token as in `dense`."""
         if table.scale is None:
-            return super().head(x, table)
+            out = np.empty((x.shape[0], table.weight.shape[0]), np.float32)
+            for rows, values in table.blocks():
+                for logits, token in zip(out, x, strict=True):
+                    np.dot(values, token, out=logits[rows])
+            return out
         return cpu.int8_linear(table.weight, table.scale, cpu.quantize(x, _HEAD_BLOCK, None, self._bits))
