@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from billm_format.config import BLOCK_SIZES
-from billm_format.layout import num_blocks, row_bytes
-from billm_format.packing import PackedLinear
+from billm_format.layout import num_blocks, row_bytes, table_bytes
+from billm_format.packing import PackedLinear, nibble_levels
 
 _ROWS_AT_A_TIME = 512  # bounds the levels that are unpacked at once
 
@@ -95,6 +95,27 @@ def int8_linear(
     for start in range(0, rows, _ROWS_AT_A_TIME):
         stop = min(start + _ROWS_AT_A_TIME, rows)
         out[:, start:stop] = _block_products(weight[start:stop], x)
+    out *= scale.astype(np.float32)
+    return out
+
+
+def int4_linear(
+    weight: NDArray[np.uint8],
+    step: NDArray[np.int8],
+    scale: NDArray[np.float16] | NDArray[np.float32],
+    x: QuantizedActivations,
+) -> NDArray[np.float32]:
+    """Return x (level * scale)^T, float32 [tokens, rows]; see `billm_rt.cpu.int4_linear`."""
+    cols = x.values.shape[1]
+    _check("weight", weight, np.uint8, (-1, table_bytes(cols)))
+    rows = weight.shape[0]
+    _check("step", step, np.int8, (num_blocks(cols, x.block), rows))
+    _check_scale("scale", scale, rows)
+    _check_activations(x, cols)
+    out = np.empty((x.values.shape[0], rows), np.float32)
+    for start in range(0, rows, _ROWS_AT_A_TIME):
+        stop = min(start + _ROWS_AT_A_TIME, rows)
+        out[:, start:stop] = _block_products(nibble_levels(weight[start:stop], step[:, start:stop], cols), x)
     out *= scale.astype(np.float32)
     return out
 

@@ -125,6 +125,25 @@ def test_wrong_int8_weights(backend: str) -> None:
         cpu.int8_linear(table, scale, activations(cols=99))
 
 
+def test_wrong_int4_weights(backend: str) -> None:
+    table, step, scale = np.zeros((5, 64), np.uint8), np.zeros((4, 5), np.int8), np.ones(5, np.float16)
+    assert cpu.int4_linear(table, step, scale, activations()).shape == (2, 5)
+    with pytest.raises(TypeError, match="weight: wanted dtype uint8, found int8"):
+        cpu.int4_linear(table.view(np.int8), step, scale, activations())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight: wanted shape \[-1, 64\], found \[5, 63\]"):
+        cpu.int4_linear(table[:, :63].copy(), step, scale, activations())
+    with pytest.raises(ValueError, match="weight: wanted a C-contiguous array"):
+        cpu.int4_linear(np.asfortranarray(table), step, scale, activations())
+    with pytest.raises(TypeError, match="step: wanted dtype int8, found uint8"):
+        cpu.int4_linear(table, step.view(np.uint8), scale, activations())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"step: wanted shape \[4, 5\], found \[5, 4\]"):
+        cpu.int4_linear(table, step.reshape(5, 4), scale, activations())
+    with pytest.raises(ValueError, match=r"scale: wanted shape \[5\], found \[4\]"):
+        cpu.int4_linear(table, step, scale[:4], activations())
+    with pytest.raises(ValueError, match=r"x\.block: wanted 32, the columns of a group, found 64"):
+        cpu.int4_linear(table, step, scale, activations(block=64))
+
+
 def test_wrong_input_of_quantize(backend: str) -> None:
     x = np.ones((2, COLS), np.float32)
     with pytest.raises(TypeError, match="x: wanted dtype float32, found float64"):
