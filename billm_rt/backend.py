@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from billm_format.config import ModelConfig
 from billm_format.errors import UsageError
-from billm_format.packing import PackedLinear
+from billm_format.packing import PackedLinear, Table
 from billm_rt.cache import KVCache
 
 Array = NDArray[np.float32]
@@ -112,8 +112,8 @@ class Backend(Protocol):
         """Prepare Linears that read the same input; the result goes to `linears`."""
         ...
 
-    def load_table(self, weight: NDArray[Any], scale: NDArray[np.float16] | None) -> Any:
-        """Prepare an embedding or head: int8 [rows, width] with float16 scale [rows], or float16 without."""
+    def load_table(self, table: Table) -> Any:
+        """Prepare an embedding, head or table of positions, of 4, 8 or 16 bits."""
         ...
 
     def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | LayerOps:

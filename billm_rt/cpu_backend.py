@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from billm_format.config import ModelConfig
+from billm_format.layout import GROUP
 from billm_format.packing import PackedLinear
 from billm_rt import cpu
 from billm_rt.backend import Array, FusedLayers, Layer, LayerOps
 from billm_rt.cpu.decoder import NativeLayers
-from billm_rt.reference import ReferenceBackend
+from billm_rt.reference import ReferenceBackend, some_rows
 
 # Columns that share an activation scale in front of the head, whose rows have one scale each.
 _HEAD_BLOCK = 128
@@ -79,7 +80,13 @@ class CpuBackend(ReferenceBackend):
         return np.stack([weight @ token for token in x])
 
     def head(self, x: Array, table: Any) -> Array:
-        """Multiply by int8 rows on integer activations; a float16 table goes the float32 way."""
+        """Multiply by 4- and 8-bit rows on integer activations; by a float16 table in float32, token by token."""
         if table.scale is None:
-            return super().head(x, table)
+            out = np.empty((x.shape[0], table.weight.shape[0]), np.float32)
+            for rows, values in some_rows(table):
+                for logits, token in zip(out, x, strict=True):  # as in `dense`
+                    np.dot(values, token, out=logits[rows])
+            return out
+        if table.step is not None:
+            return cpu.int4_linear(table.weight, table.step, table.scale, cpu.quantize(x, GROUP, None, self._bits))
         return cpu.int8_linear(table.weight, table.scale, cpu.quantize(x, _HEAD_BLOCK, None, self._bits))

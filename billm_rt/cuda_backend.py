@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from billm_format.config import ModelConfig
 from billm_format.errors import UsageError
-from billm_format.packing import PackedLinear
+from billm_format.packing import PackedLinear, Table
 from billm_rt.backend import FusedLayers, Layer, Norm
 from billm_rt.cache import KVCache
 from billm_rt.cuda import launch
@@ -17,7 +17,7 @@ from billm_rt.cuda.cache import DeviceCache
 from billm_rt.cuda.device import Device
 from billm_rt.cuda.layers import DeviceLayers, normalize
 from billm_rt.cuda.linear import LinearGroup
-from billm_rt.reference import rotary_table
+from billm_rt.reference import rotary_table, some_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +54,15 @@ class CudaBackend:
         """Upload Linears that read the same input."""
         return LinearGroup(self._device, linears)
 
-    def load_table(self, weight: NDArray[Any], scale: NDArray[np.float16] | None) -> DeviceTable:
-        """Upload an embedding or head."""
-        return DeviceTable(self._device.upload(weight), None if scale is None else self._device.upload(scale))
+    def load_table(self, table: Table) -> DeviceTable:
+        """Upload a table; one of 4 bits as float16, because no kernel here reads it."""
+        if table.step is not None:
+            weight = np.empty((table.weight.shape[0], table.cols), np.float16)
+            for rows, values in some_rows(table):
+                weight[rows] = values
+            table = Table(weight, table.cols)
+        scale = None if table.scale is None else self._device.upload(table.scale)
+        return DeviceTable(self._device.upload(table.weight), scale)
 
     def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers:
         """Return the layers; UsageError where the kernels do not know heads this wide."""

@@ -63,8 +63,9 @@ def generate(
 
     With `lookup`, up to so many tokens are guessed from the text so far and read together with the last one: quicker
     where the answer repeats what was said, slower where it does not. Every token is still drawn from the model's own
-    logits with the same random numbers, so the answer is the same as far as logits do not depend on how many tokens
-    are read together (a rounding error apart, they do not). The cache may end with guesses that failed.
+    logits with the same random numbers, and with the native kernels logits do not depend, not by a bit, on how many
+    tokens are read together: the answer is exactly the same. (In NumPy they do, in the last digits: there the answer
+    may part where two tokens tie.) The cache may end with guesses that failed.
     Raises UsageError on bad arguments, DoesNotFitError on a prompt that exceeds the context length.
     """
     ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]

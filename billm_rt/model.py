@@ -33,11 +33,13 @@ class Model:
         self.ctx = _context_length(ctx, file.config.max_position_embeddings)
         self.load_seconds = 0.0
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
-        self._embed_table = self._table("embed")
-        self._head_table = self._embed_table if self.config.tie_word_embeddings else self._table("head")
+        self._embed_table = backend.load_table(file.table("embed"))
+        self._head_table = (
+            self._embed_table if self.config.tie_word_embeddings else backend.load_table(file.table("head"))
+        )
         self._positions = self._inv_freq = self._project_in = self._project_out = self._final_norm = None
         if self.config.position == "learned":
-            self._positions = backend.load_table(file.array("pos_embed.weight"), None)
+            self._positions = backend.load_table(file.table("pos_embed"))
         else:
             self._inv_freq = backend.load_tensor(file.array("rope.inv_freq"))
         if self.config.has_projections:
@@ -225,10 +227,6 @@ class Model:
 
     def _linears(self, prefix: str, *names: str) -> Any:
         return self.backend.load_linears([self.file.linear(f"{prefix}.{name}") for name in names])
-
-    def _table(self, name: str) -> Any:
-        scale = self.file.array(f"{name}.scale") if self.file.quantization.embedding_bits == 8 else None
-        return self.backend.load_table(self.file.array(f"{name}.weight"), scale)
 
     def _checked(self, token_ids: ArrayLike) -> NDArray[np.int64]:
         ids = np.asarray(token_ids)

@@ -4,14 +4,13 @@ Weights are dequantized a few rows at a time and thrown away: the model is never
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from billm_format.config import ModelConfig
-from billm_format.packing import PackedLinear
+from billm_format.packing import PackedLinear, Table
 from billm_rt.backend import Activation, Array, FusedLayers, Layer, LayerOps
 from billm_rt.cache import KVCache
 
@@ -19,29 +18,6 @@ from billm_rt.cache import KVCache
 _WEIGHT_ELEMENTS = 1 << 18
 _SCORE_ELEMENTS = 1 << 21
 _CACHE_ELEMENTS = 1 << 21
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """An embedding or head [rows, width]: int8 codes with a scale per row, or float16 values."""
-
-    weight: NDArray[Any]
-    scale: NDArray[np.float16] | None
-
-    def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """Yield (rows, float32 [some rows, width]) from top to bottom."""
-        count, width = self.weight.shape
-        step = max(1, _WEIGHT_ELEMENTS // width)
-        for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
-            yield rows, self.take(rows)
-
-    def take(self, rows: Any) -> Array:
-        """Return the rows that an index names, float32."""
-        values: Array = self.weight[rows].astype(np.float32)
-        if self.scale is not None:
-            values *= self.scale[rows].astype(np.float32)[:, None]
-        return values
 
 
 class ReferenceBackend:
@@ -68,9 +44,9 @@ class ReferenceBackend:
         """Keep the packed Linears as they are."""
         return tuple(linears)
 
-    def load_table(self, weight: NDArray[Any], scale: NDArray[np.float16] | None) -> Any:
+    def load_table(self, table: Table) -> Any:
         """Keep the table as it is."""
-        return Table(weight, scale)
+        return table
 
     def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | LayerOps:
         """Leave the layers to the loop in `model.py`: it is their meaning."""
@@ -88,7 +64,7 @@ class ReferenceBackend:
     def head(self, x: Array, table: Any) -> Array:
         """Return x times the table's transpose, the table turned into float32 a few rows at a time."""
         out = np.empty((x.shape[0], table.weight.shape[0]), np.float32)
-        for rows, values in table.blocks():
+        for rows, values in some_rows(table):
             np.matmul(x, values.T, out=out[:, rows])
         return out
 
@@ -159,6 +135,14 @@ def rotary_table(start: int, count: int, inv_freq: Array, scale: float) -> tuple
     positions = np.arange(start, start + count, dtype=np.float32)
     angle = positions[:, None, None] * inv_freq
     return np.cos(angle) * np.float32(scale), np.sin(angle) * np.float32(scale)
+
+
+def some_rows(table: Table) -> Iterator[tuple[slice, Array]]:
+    """Yield (rows, float32 [some rows, cols]) of a table from top to bottom."""
+    count, step = table.weight.shape[0], max(1, _WEIGHT_ELEMENTS // table.cols)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        yield rows, table.take(rows)
 
 
 def _linear(x: Array, linear: PackedLinear) -> Array:

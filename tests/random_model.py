@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from billm_format.config import ModelConfig, Quantization, TokenizerInfo
 from billm_format.layout import CHAT_TEMPLATE, TOKENIZER, TensorSpec, all_tensors
-from billm_format.packing import pack_bits
+from billm_format.packing import pack_bits, pack_nibbles
 from billm_format.writer import write_file
 
 Tensors = dict[str, NDArray[Any]]
@@ -166,6 +166,8 @@ def _random_tensor(
         return rng.uniform(0.5, 2, spec.shape).astype(np.float16)
     if part == "inv_freq":
         return (1e4 ** -(np.arange(spec.shape[0]) / spec.shape[0])).astype(np.float32)
+    if spec.kind in ("embedding", "head") and spec.dtype == "U8":
+        return pack_nibbles(rng.integers(0, 16, (spec.shape[0], config.embedding_size), np.uint8))
     if spec.dtype == "I8":
         return rng.integers(-127, 128, spec.shape).astype(np.int8)
     if part == "scale":

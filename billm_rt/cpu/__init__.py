@@ -1,4 +1,4 @@
-"""Products with binarized and 8-bit weights on a CPU: the native library, or NumPy where it is missing.
+"""Products with binarized, 8-bit and 4-bit weights on a CPU: the native library, or NumPy where it is missing.
 
 Both follow the arithmetic that `src/kernels.h` states, so they agree bit for bit, whatever the instruction set, the
 number of threads, and the number of tokens computed together:
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from billm_format.layout import num_blocks
+from billm_format.layout import GROUP, num_blocks
 from billm_rt.cpu import fallback
 from billm_rt.cpu.fallback import QuantizedActivations
 
@@ -31,6 +31,7 @@ __all__ = [
     "QuantizedActivations",
     "available",
     "binary_linear",
+    "int4_linear",
     "int8_linear",
     "isa",
     "native_linear",
@@ -180,4 +181,25 @@ def int8_linear(
         return fallback.int8_linear(weight, scale, x)
     out = np.empty((x.values.shape[0], weight.shape[0]), np.float32)
     _native.int8_linear(weight, scale, x.values, x.scales, x.block, x.bits, out)
+    return out
+
+
+def int4_linear(
+    weight: NDArray[np.uint8],
+    step: NDArray[np.int8],
+    scale: NDArray[np.float16] | NDArray[np.float32],
+    x: QuantizedActivations,
+) -> NDArray[np.float32]:
+    """Return x (level * scale)^T, float32 [tokens, rows], of a weight of 4-bit codes in groups of 32 columns.
+
+    `weight` [rows, 16 * groups] holds codes, `step` [groups, rows] what they count (`billm_format.packing.Table`); a
+    group of columns is a block of x. TypeError for a wrong dtype, ValueError for shapes that do not fit each other.
+    """
+    if x.block != GROUP:
+        raise ValueError(f"x.block: wanted {GROUP}, the columns of a group, found {x.block}")
+    if _reason:
+        return fallback.int4_linear(weight, step, scale, x)
+    tokens, cols = x.values.shape
+    out = np.empty((tokens, weight.shape[0]), np.float32)
+    _native.int4_linear(weight, step, scale, cols, x.values, x.scales, x.bits, out)
     return out

@@ -69,6 +69,17 @@ def int8_linear(
     out: NDArray[np.float32],
     /,
 ) -> None: ...
+def int4_linear(
+    weight: NDArray[np.uint8],
+    step: NDArray[np.int8],
+    scale: NDArray[Any],
+    cols: int,
+    values: NDArray[np.int16],
+    x_scales: NDArray[np.float32],
+    bits: int,
+    out: NDArray[np.float32],
+    /,
+) -> None: ...
 def quantize(
     x: NDArray[np.float32],
     col_scale: NDArray[np.float32] | None,

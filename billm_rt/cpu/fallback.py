@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from billm_format.config import BLOCK_SIZES
-from billm_format.layout import num_blocks, row_bytes
-from billm_format.packing import PackedLinear
+from billm_format.layout import num_blocks, row_bytes, table_bytes
+from billm_format.packing import PackedLinear, nibble_levels
 
 _ROWS_AT_A_TIME = 512  # bounds the levels that are unpacked at once
 
@@ -99,6 +99,27 @@ def int8_linear(
     return out
 
 
+def int4_linear(
+    weight: NDArray[np.uint8],
+    step: NDArray[np.int8],
+    scale: NDArray[np.float16] | NDArray[np.float32],
+    x: QuantizedActivations,
+) -> NDArray[np.float32]:
+    """Return x (level * scale)^T, float32 [tokens, rows]; see `billm_rt.cpu.int4_linear`."""
+    cols = x.values.shape[1]
+    _check("weight", weight, np.uint8, (-1, table_bytes(cols)))
+    rows = weight.shape[0]
+    _check("step", step, np.int8, (num_blocks(cols, x.block), rows))
+    _check_scale("scale", scale, rows)
+    _check_activations(x, cols)
+    out = np.empty((x.values.shape[0], rows), np.float32)
+    for start in range(0, rows, _ROWS_AT_A_TIME):
+        stop = min(start + _ROWS_AT_A_TIME, rows)
+        out[:, start:stop] = _block_products(nibble_levels(weight[start:stop], step[:, start:stop], cols), x)
+    out *= scale.astype(np.float32)
+    return out
+
+
 def _block_products(level: NDArray[np.generic], x: QuantizedActivations) -> NDArray[np.float32]:
     """Return the sums over blocks, float32 [tokens, rows]. A float64 product of one block is exact: below 2**31."""
     acc = np.zeros((x.values.shape[0], level.shape[0]), np.float32)
@@ -119,6 +140,9 @@ def _check_activations(x: QuantizedActivations, cols: int) -> None:
     _check_bits(x.bits)
     _check("x.values", x.values, np.int16, (-1, cols))
     _check("x.scales", x.scales, np.float32, (x.values.shape[0], num_blocks(cols, x.block)))
+    limit = top(x.bits)
+    if x.values.size and (x.values.max() > limit or x.values.min() < -limit):
+        raise ValueError(f"x.values: wanted -{limit} to {limit} at {x.bits} bits, found others")
 
 
 def _check_block(block: int) -> None:

@@ -113,7 +113,7 @@ OPTIONS: dict[str, Option] = {
     "seed": Option(_seed, "same seed, same answer; random: a new one each time", ("--seed", "-s")),
     "lookup": Option(
         _number(int, 0, 64),
-        "guess this many tokens ahead from the text; the same answer, sooner where it repeats it; 0: off",
+        "guess this many tokens ahead from the text; exactly the same answer, sooner where it repeats it; 0: off",
         ("--lookup",),
     ),
     "stop": Option(_stop_strings, r"end the answer where this text comes up (\n: line end); none: nowhere"),

@@ -20,7 +20,7 @@ from billm_convert.settings import (
     ConvertSettings,
 )
 from billm_format.command import add_common_options, emit_json, run_command
-from billm_format.config import BLOCK_SIZES
+from billm_format.config import BLOCK_SIZES, EMBEDDING_BITS
 from billm_format.errors import EXIT_INTERRUPTED, QualityError, UsageError
 
 SCHEMA, SCHEMA_VERSION = "billm-convert", 1
@@ -84,9 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--embedding-bits",
         type=int,
-        choices=(8, 16),
+        choices=EMBEDDING_BITS,
         default=default.embedding_bits,
-        help="bits of embeddings and head (default: %(default)s)",
+        help="bits of embeddings and head; 4: a smaller file, quicker, a few percent of perplexity worse "
+        "(default: %(default)s)",
     )
     data = parser.add_argument_group("calibration")
     data.add_argument(

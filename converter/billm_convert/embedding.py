@@ -1,6 +1,7 @@
-"""Tables that are not binarized, as the file stores them: 8-bit rows with a scale each, or float16."""
+"""Tables that are not binarized, as the file stores them: 4 bits, 8-bit rows with a scale each, or float16."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from billm_convert.source import ModelSource
 from billm_format.errors import UsageError
+from billm_format.packing import Table
 
 _CHUNK_VALUES = 1 << 24  # values held in float32 at once: 64 MB
 
@@ -43,15 +45,30 @@ def quantize_rows(value: Tensor) -> tuple[NDArray[np.int8], NDArray[np.float16]]
 class EmbeddingTable:
     """The token embedding or the output head `name`, quantized chunk by chunk, so that it is never whole in float32."""
 
-    def __init__(self, source: ModelSource, name: str, bits: int) -> None:
-        """Nothing is read yet."""
+    def __init__(self, source: ModelSource, name: str, bits: int, solved: Table | None = None) -> None:
+        """Nothing is read yet. At 4 bits, `solved` is what `solve_table` made of it."""
         self._source = source
         self._name = f"{name}.weight"
         self._bits = bits
+        self._solved = solved
         self._rows, self._cols = source.shape(self._name)
 
+    def tensors(self) -> dict[str, Callable[[], NDArray[Any]]]:
+        """Return what makes each of the file's tensors, by full name."""
+        if self._solved is not None:
+            parts: dict[str, Callable[[], NDArray[Any]]] = {
+                part: partial(getattr, self._solved, part) for part in ("weight", "step", "scale")
+            }
+        else:
+            parts = {"weight": self.weight} | ({"scale": self.scale} if self._bits == 8 else {})
+        return {f"{self._name.removesuffix('weight')}{part}": make for part, make in parts.items()}
+
+    def dequantized(self) -> Tensor:
+        """Return the table as the file will give it, float32 [rows, cols]."""
+        return self.lookup(torch.arange(self._rows))
+
     def weight(self) -> NDArray[Any]:
-        """Return the table as stored: int8 or float16 [rows, cols]."""
+        """Return the table as stored at 8 or 16 bits: int8 or float16 [rows, cols]."""
         out: NDArray[Any] = np.empty((self._rows, self._cols), np.int8 if self._bits == 8 else np.float16)
         for start, chunk in self._chunks():
             stop = start + chunk.shape[0]
@@ -64,6 +81,8 @@ class EmbeddingTable:
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Return the rows of `tokens` [...] as the file will give them, float32 [..., cols]."""
+        if self._solved is not None:
+            return torch.from_numpy(self._solved.take(tokens.flatten().numpy())).view(*tokens.shape, self._cols)
         wanted, where = torch.unique(tokens, return_inverse=True)
         rows = torch.empty(wanted.shape[0], self._cols)
         for start, chunk in self._chunks():

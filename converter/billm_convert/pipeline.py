@@ -16,8 +16,9 @@ from torch import Tensor
 from billm_convert import gate, illustrate, resources
 from billm_convert.block import DecoderBlock, Rotary, embed
 from billm_convert.calibration import choose_text, describe, draw_windows
-from billm_convert.embedding import EmbeddingTable, to_float16
+from billm_convert.embedding import to_float16
 from billm_convert.figures import LinearFigures, linear_figures, save_figures
+from billm_convert.head_moment import solve_tables, stored_table
 from billm_convert.recipes import choose_recipe
 from billm_convert.settings import (
     COL_SCALED,
@@ -91,7 +92,6 @@ class Conversion:
             self.say(note)
         self.held_out = self._held_out_text()
         self.quantization = self._quantization()
-        self.embedding = EmbeddingTable(self.source, "embed", settings.embedding_bits)
         tokens = self.nsamples * self.seqlen
         self.memory = resources.memory_plan(
             self.config, tokens, min(tokens, self._batch() * self.seqlen), streams=1 + (settings.recipe in FOLLOWED)
@@ -137,6 +137,8 @@ class Conversion:
                 return self._already_done(started)
             self._check_room(work)
             tokens = self._tokens(work)
+            if self.settings.embedding_bits == 4:
+                solve_tables(self.source, tokens, work, self.device)
             self._run_blocks(work, tokens, resumed)
             record = {**self.record(), "calibration": describe(self.text, tokens, self.settings.seed)}
             if self.settings.recipe == TUNED:
@@ -145,7 +147,7 @@ class Conversion:
             report = self._report(started, record, size, resumed)
             if self.folder:
                 self._progress(Event("drawing", 0, 1))
-                beginning = self._embed(tokens[: max(1, _BATCH_TOKENS // 2 // self.seqlen)])
+                beginning = self._embed(work, tokens[: max(1, _BATCH_TOKENS // 2 // self.seqlen)])
                 illustrate.write(self.folder, self.source, self.quantization, report, work, beginning.to(self.device))
             work.remove()  # last: an interrupted check or a report that failed can be done again
         return report
@@ -268,7 +270,8 @@ class Conversion:
         if self.config.position == "rope":
             rotary = Rotary(self.source.tensor("rope.inv_freq").to(self.device), self.config.rope_scale, self.seqlen)
         followed = self.settings.recipe in FOLLOWED
-        stream = (FollowedStream if followed else Stream)(self.config, self._embed(tokens), self._batch(), self.device)
+        hidden = self._embed(work, tokens)
+        stream = (FollowedStream if followed else Stream)(self.config, hidden, self._batch(), self.device)
         for layer in range(layers):
             weights = {name: value.to(self.device) for name, value in self.source.layer(layer).items()}
             block = DecoderBlock(self.config, weights, rotary)
@@ -285,14 +288,15 @@ class Conversion:
                         f"the hidden states after block {layer} are not finite: the model cannot be calibrated"
                     )
 
-    def _embed(self, tokens: NDArray[np.int64]) -> Tensor:
+    def _embed(self, work: WorkFolder, tokens: NDArray[np.int64]) -> Tensor:
         """Return the first block's input, float32 [windows, seqlen, hidden] on the CPU, from the tables as stored."""
         tables: dict[str, Tensor] = {
             name: torch.from_numpy(self._float16(name).astype(np.float32))
             for name in ("project_in.weight", "pos_embed.weight")
             if name in self.source.names()
         }
-        rows = self.embedding.lookup(torch.from_numpy(tokens))
+        table = stored_table(self.source, "embed", self.settings.embedding_bits, work)
+        rows = table.lookup(torch.from_numpy(tokens))
         return embed(self.config, tables, rows).contiguous()
 
     def _solve_block(self, work: WorkFolder, layer: int, groups: Iterator[Inputs], weights: dict[str, Tensor]) -> None:
@@ -377,10 +381,8 @@ class Conversion:
             if name.startswith("layers.") or name in of_blocks:
                 continue
             if name in ("embed.weight", "head.weight"):
-                table = EmbeddingTable(self.source, name.removesuffix(".weight"), self.settings.embedding_bits)
-                tensors[name] = table.weight
-                if self.settings.embedding_bits == 8:
-                    tensors[f"{name.removesuffix('.weight')}.scale"] = table.scale
+                bits = self.settings.embedding_bits
+                tensors |= stored_table(self.source, name.removesuffix(".weight"), bits, work).tensors()
             elif name.startswith(("pos_embed.", "project_")):
                 tensors[name] = partial(self._float16, name)
             else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from billm_format.command import finite
-from billm_format.config import BLOCK_SIZES
+from billm_format.config import BLOCK_SIZES, EMBEDDING_BITS
 from billm_format.errors import UsageError
 
 TUNED = "tuned"  # trains what "refined" found
@@ -89,8 +89,8 @@ class ConvertSettings:
         ):
             if value is not None and value < least:
                 raise UsageError(f"--{option}: wanted {least} or more, found {value}")
-        if self.embedding_bits not in (8, 16):
-            raise UsageError(f"--embedding-bits: wanted 8 or 16, found {self.embedding_bits}")
+        if self.embedding_bits not in EMBEDDING_BITS:
+            raise UsageError(f"--embedding-bits: wanted 4, 8 or 16, found {self.embedding_bits}")
         if self.max_ppl_ratio is not None and not self.max_ppl_ratio > 0:
             raise UsageError(f"--max-ppl-ratio: wanted a number above 0, found {self.max_ppl_ratio:g}")
         if self.max_ppl_ratio is not None and not self.check:

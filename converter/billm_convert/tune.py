@@ -12,6 +12,7 @@ from torch import Tensor
 
 from billm_convert.block import DecoderBlock, Rotary, embed, finish
 from billm_convert.embedding import EmbeddingTable, to_float16
+from billm_convert.head_moment import stored_table
 from billm_convert.settings import EFFORTS, ConvertSettings, Event, Progress
 from billm_convert.source import ModelSource
 from billm_convert.tune_block import BlockStart, Rates, TunedBlock, TunedModel, block_start, block_tensors
@@ -192,20 +193,18 @@ class Tuning:
 
     def _first_inputs(self, text: TuningText, *, stored: bool) -> "_FirstInputs":
         """Return the first block's inputs, from the tables as the file holds them or in (nearly) full precision."""
-        table = EmbeddingTable(self._source, "embed", self._quantization.embedding_bits if stored else 16)
+        table = self._table("embed") if stored else EmbeddingTable(self._source, "embed", 16)
         tables = {name: value.cpu() for name, value in self._tables(stored=stored).items()}
         return _FirstInputs(self._config, table, tables, text)
 
     def _head(self, *, stored: bool) -> Tensor:
         """Return the output head float32 [vocab, embedding_size]."""
         name = "embed" if self._config.tie_word_embeddings else "head"
-        if stored and self._quantization.embedding_bits == 8:
-            table = EmbeddingTable(self._source, name, 8)
-            value = torch.from_numpy(table.weight() * table.scale().astype(np.float32)[:, None])
-        else:
-            value = self._source.tensor(f"{name}.weight")
-            value = value.half().float() if stored else value
+        value = self._table(name).dequantized() if stored else self._source.tensor(f"{name}.weight")
         return value.to(self._device)
+
+    def _table(self, name: str) -> EmbeddingTable:
+        return stored_table(self._source, name, self._quantization.embedding_bits, self._work)
 
     # --- the whole model ---------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _STATE = "state.json"
 _LOCK = "lock"
 _TOKENS = "tokens.safetensors"
+_TABLE = "table-{}.safetensors"
 _TEXT = "tuning-text.safetensors"
 _TRAINING = "training.safetensors"
 _BLOCK = "{}-{:05d}.safetensors"
@@ -29,7 +30,9 @@ _BLOCK = "{}-{:05d}.safetensors"
 # blocks: what belongs to none); figures: what a report draws of a block.
 Kind = Literal["block", "tuned", "final", "figures"]
 _SETS = tuple(f"{kind}-*.safetensors" for kind in get_args(Kind))
-_OURS = tuple(f"{name}{end}" for name in (*_SETS, _TOKENS, _TEXT, _TRAINING, _STATE) for end in ("", ".tmp"))
+_OURS = tuple(
+    f"{name}{end}" for name in (*_SETS, _TABLE.format("*"), _TOKENS, _TEXT, _TRAINING, _STATE) for end in ("", ".tmp")
+)
 
 
 class WorkFolder:
@@ -137,6 +140,15 @@ class WorkFolder:
         with safe_open(self.path / _BLOCK.format(kind, layer), framework="np") as file:
             value: NDArray[Any] = file.get_tensor(name)
             return value
+
+    def save_table(self, name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Store the parts of an embedding or head that was solved."""
+        self._write(_TABLE.format(name), save(dict(tensors)))
+
+    def table(self, name: str) -> dict[str, NDArray[Any]] | None:
+        """Return what `save_table` stored under this name, None if nothing was."""
+        file = self.path / _TABLE.format(name)
+        return load_file(file) if file.exists() else None
 
     def save_tuning_text(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Store the windows of text that the model is tuned on, and what full precision makes of them."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 BLOCK_SIZES = (32, 64, 128, 256)
+EMBEDDING_BITS = (4, 8, 16)
 
 # Bounds that keep every product of two sizes far below 2**63 and every allocation honest.
 MAX_SIZE = 1 << 24
@@ -133,7 +134,7 @@ class Quantization:
 
     block_size: int
     overrides: dict[str, int] = dataclasses.field(default_factory=dict)
-    embedding_bits: int = 8  # 8: int8 rows with a scale each; 16: float16
+    embedding_bits: int = 8  # 4: groups of 32 columns with a step each; 8: int8 rows with a scale each; 16: float16
     col_scales: tuple[str, ...] = ()  # full names of the Linears that carry a col_scale
 
     def __post_init__(self) -> None:
@@ -141,8 +142,8 @@ class Quantization:
         for where, block in [("block_size", self.block_size), *self.overrides.items()]:
             if block not in BLOCK_SIZES:
                 raise ValueError(f"quantization, {where}: wanted one of {BLOCK_SIZES}, found {block!r}")
-        if self.embedding_bits not in (8, 16):
-            raise ValueError(f"quantization, embedding_bits: wanted 8 or 16, found {self.embedding_bits!r}")
+        if self.embedding_bits not in EMBEDDING_BITS:
+            raise ValueError(f"quantization, embedding_bits: wanted 4, 8 or 16, found {self.embedding_bits!r}")
         if len(self._with_col_scale) != len(self.col_scales):
             raise ValueError("quantization, col_scales: wanted every Linear once, found one twice")
 

@@ -10,7 +10,7 @@ from math import prod
 from billm_format.config import ModelConfig, Quantization
 
 FORMAT_NAME = "billm"
-FORMAT_VERSION = (1, 0)
+FORMAT_VERSION = (1, 1)
 ALIGNMENT = 64  # bytes, of every tensor's data within the file
 PAD_PREFIX = "pad."  # names of the zero-filled tensors that keep the alignment
 
@@ -19,6 +19,8 @@ DTYPE_BYTES = {"U8": 1, "I8": 1, "F16": 2, "F32": 4}
 
 # Order of the last axis of `scales`, and of the four magnitudes made from it.
 ALPHA_C, ALPHA_S, ALPHA_O, ALPHA_R = range(4)
+
+GROUP = 32  # columns of a 4-bit table that share a step
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -64,6 +66,11 @@ def row_bytes(cols: int) -> int:
     return 4 * ((cols + 31) // 32)
 
 
+def table_bytes(cols: int) -> int:
+    """Bytes of one row of a 4-bit table: whole groups of 16 bytes."""
+    return GROUP // 2 * num_blocks(cols, GROUP)
+
+
 def num_blocks(cols: int, block: int) -> int:
     """Blocks of `block` columns in a row; the last one may be short."""
     return (cols + block - 1) // block
@@ -90,7 +97,11 @@ def _norm(name: str, size: int, config: ModelConfig) -> Iterator[TensorSpec]:
 
 def _embedding(name: str, kind: str, config: ModelConfig, bits: int) -> Iterator[TensorSpec]:
     shape = (config.vocab_size, config.embedding_size)
-    if bits == 8:
+    if bits == 4:
+        yield TensorSpec(f"{name}.weight", "U8", (shape[0], table_bytes(shape[1])), kind)
+        yield TensorSpec(f"{name}.step", "I8", (num_blocks(shape[1], GROUP), shape[0]), kind)
+        yield TensorSpec(f"{name}.scale", "F16", shape[:1], kind)
+    elif bits == 8:
         yield TensorSpec(f"{name}.weight", "I8", shape, kind)
         yield TensorSpec(f"{name}.scale", "F16", shape[:1], kind)
     else:

@@ -1,11 +1,12 @@
 """Bit planes to arrays and back, and what the codes of a binarized Linear mean (SPEC.md, "Linear")."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from billm_format.layout import ALPHA_C, ALPHA_O, ALPHA_R, ALPHA_S, num_blocks, row_bytes
+from billm_format.layout import ALPHA_C, ALPHA_O, ALPHA_R, ALPHA_S, GROUP, num_blocks, row_bytes, table_bytes
 
 Bytes = NDArray[np.uint8]
 Bits = NDArray[np.bool_]
@@ -37,6 +38,56 @@ def magnitudes(scales: Bytes) -> Bytes:
     out[..., 2] = np.maximum(wide[..., ALPHA_O] - wide[..., ALPHA_R], 0)
     out[..., 3] = np.minimum(wide[..., ALPHA_O] + wide[..., ALPHA_R], 255)
     return out.astype(np.uint8)
+
+
+def pack_nibbles(codes: Bytes) -> Bytes:
+    """Pack codes 0..15 [rows, cols] into uint8 [rows, table_bytes(cols)].
+
+    Byte i of a group of 32 columns holds its column i in the low and its column 16 + i in the high half.
+    """
+    rows, cols = codes.shape
+    padded = np.zeros((rows, 2 * table_bytes(cols)), np.uint8)
+    padded[:, :cols] = codes
+    groups = padded.reshape(rows, -1, 2, GROUP // 2)
+    packed: Bytes = groups[:, :, 0] | groups[:, :, 1] << np.uint8(4)
+    return packed.reshape(rows, -1)
+
+
+def unpack_nibbles(packed: Bytes, cols: int) -> Bytes:
+    """Unpack uint8 [rows, table_bytes(cols)] into codes 0..15 [rows, cols]."""
+    rows = packed.shape[0]
+    groups = packed.reshape(rows, -1, 1, GROUP // 2)
+    codes = np.concatenate([groups & 15, groups >> 4], axis=2)
+    return np.ascontiguousarray(codes.reshape(rows, -1)[:, :cols])
+
+
+def nibble_levels(packed: Bytes, step: NDArray[np.int8], cols: int) -> NDArray[np.int16]:
+    """Return the integer levels int16 [rows, cols] of a 4-bit table's rows; `step` int8 [groups, rows]."""
+    codes = unpack_nibbles(packed, cols).astype(np.int16) - 8
+    return codes * np.repeat(step.T.astype(np.int16), GROUP, axis=1)[:, :cols]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table [rows, cols] that is not binarized (embedding, head, positions), as it lies in the file.
+
+    At 16 bits a value is `weight` itself, at 8 bits `weight * scale`, at 4 bits `(code - 8) * step * scale`.
+    """
+
+    weight: NDArray[Any]  # float16 or int8 [rows, cols], or uint8 [rows, table_bytes(cols)]
+    cols: int
+    scale: NDArray[np.float16] | None = None  # [rows]; None at 16 bits
+    step: NDArray[np.int8] | None = None  # [groups of 32 columns, rows], at 4 bits
+
+    def take(self, rows: Any) -> Float32:
+        """Return the rows that a slice or an array of indices names, float32 [some rows, cols]."""
+        weight = self.weight[rows]
+        if self.step is not None:
+            weight = nibble_levels(weight, self.step[:, rows], self.cols)
+        values: Float32 = weight.astype(np.float32)
+        if self.scale is not None:
+            values *= self.scale[rows].astype(np.float32)[:, None]
+        return values
 
 
 @dataclass(frozen=True, eq=False)

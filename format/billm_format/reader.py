@@ -25,8 +25,8 @@ from billm_format.header import (
     defect,
     parse_header,
 )
-from billm_format.layout import CHAT_TEMPLATE, KINDS, LINEAR_KINDS, TOKENIZER, linear_names
-from billm_format.packing import PackedLinear, unpack_bits
+from billm_format.layout import CHAT_TEMPLATE, GROUP, KINDS, LINEAR_KINDS, TOKENIZER, linear_names
+from billm_format.packing import PackedLinear, Table, unpack_bits, unpack_nibbles
 
 # Little-endian by name: the bytes on disk never depend on the machine.
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
@@ -150,6 +150,16 @@ class BillmFile:
             bias=self.array(f"{name}.bias") if has_bias else None,
         )
 
+    def table(self, name: str) -> Table:
+        """Return "embed", "head" or "pos_embed"; KeyError if the file has none of that name."""
+        weight, step, scale = (f"{name}.{part}" for part in ("weight", "step", "scale"))
+        return Table(
+            weight=self.array(weight),
+            cols=self.config.hidden_size if name == "pos_embed" else self.config.embedding_size,
+            scale=self.array(scale) if scale in self.tensors else None,
+            step=self.array(step) if step in self.tensors else None,
+        )
+
     def tokenizer_json(self) -> str:
         """Return the text of tokenizer.json; CorruptFileError unless it is UTF-8."""
         return self._text(TOKENIZER)
@@ -230,12 +240,20 @@ class BillmFile:
             self._text(info.name)
         elif info.kind in ("sign", "second", "salient"):
             self._check_plane(info.name, view)
+        elif info.kind in ("embedding", "head") and info.dtype == "U8":
+            self._check_codes(info.name, view)
 
     def _check_plane(self, name: str, plane: NDArray[np.uint8]) -> None:
         cols = self.config.linears()[name.split(".")[2]][1]
         tail = plane[..., cols // 8 :]  # from the byte with the first unused bit
         if tail.shape[-1] and ((tail[..., 0] >> cols % 8).any() or tail[..., 1:].any()):
             raise self._defect(name, f"zeros after column {cols - 1}", "a set bit")
+
+    def _check_codes(self, name: str, codes: NDArray[np.uint8]) -> None:
+        cols = self.config.embedding_size
+        last = unpack_nibbles(codes[:, -GROUP // 2 :], GROUP)
+        if cols % GROUP and last[:, cols % GROUP :].any():
+            raise self._defect(name, f"zeros after column {cols - 1}", "another code")
 
     def _check_finite(self, name: str, values: NDArray[Any]) -> None:
         finite = np.isfinite(values)

@@ -1,11 +1,14 @@
-"""Write the golden files: two tiny models that every later version must read to the same values.
+"""Write the golden files: tiny models that every later version must read to the same values.
 
     PYTHONPATH=format python format/vectors/make_vectors.py [FOLDER]
+
+writes those that the current version of the format added.
 
 The expected values come from the slow decoder in tests/format, which shares no code with the writer. The files of a
 released version are never written again: a new version of the format gets a folder of its own.
 """
 
+import dataclasses
 import random
 import sys
 from functools import partial
@@ -18,7 +21,7 @@ from safetensors.numpy import save_file
 
 from billm_format.config import ModelConfig, Quantization, TokenizerInfo
 from billm_format.layout import CHAT_TEMPLATE, FORMAT_VERSION, TOKENIZER, TensorSpec, all_tensors
-from billm_format.packing import pack_bits
+from billm_format.packing import pack_bits, pack_nibbles
 from billm_format.writer import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +47,15 @@ OPT = ModelConfig(
 )  # fmt: skip
 OPT_PARTS = Quantization(block_size=128, embedding_bits=16)
 
-MODELS = {"llama": (LLAMA, LLAMA_PARTS, 11), "opt": (OPT, OPT_PARTS, 12)}
+# A 4-bit embedding and a 4-bit head, whose last group is short (36 columns, groups of 32).
+LLAMA_4BIT = dataclasses.replace(LLAMA, tie_word_embeddings=False, num_hidden_layers=1)
+LLAMA_4BIT_PARTS = Quantization(block_size=32, embedding_bits=4)
+
+# What each version of the format added.
+VERSIONS = {
+    "v1.0": {"llama": (LLAMA, LLAMA_PARTS, 11), "opt": (OPT, OPT_PARTS, 12)},
+    "v1.1": {"llama-4bit": (LLAMA_4BIT, LLAMA_4BIT_PARTS, 13)},
+}
 
 TOKENIZER_JSON = (
     '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,'
@@ -65,6 +76,9 @@ def tensor(rng: random.Random, spec: TensorSpec, cols: int) -> NDArray[Any]:
         rows = spec.shape[0] if len(spec.shape) == 2 else 1
         bits = np.array([[rng.random() < share for _ in range(cols)] for _ in range(rows)])
         return pack_bits(bits).reshape(spec.shape)
+    if spec.kind in ("embedding", "head") and spec.dtype == "U8":
+        codes = [[rng.randrange(16) for _ in range(LLAMA_4BIT.embedding_size)] for _ in range(spec.shape[0])]
+        return pack_nibbles(np.array(codes, np.uint8))
     if spec.dtype == "U8":  # scales: any byte has a meaning, so all are used
         return np.array([rng.randrange(256) for _ in range(count)], np.uint8).reshape(spec.shape)
     if spec.dtype == "I8":
@@ -74,9 +88,8 @@ def tensor(rng: random.Random, spec: TensorSpec, cols: int) -> NDArray[Any]:
     return values.astype({"F16": np.float16, "F32": np.float32}[spec.dtype]).reshape(spec.shape)
 
 
-def write(folder: Path, name: str) -> Path:
+def write(folder: Path, name: str, config: ModelConfig, quantization: Quantization, seed: int) -> Path:
     """Write the golden file of this name into `folder`."""
-    config, quantization, seed = MODELS[name]
     rng = random.Random(seed)
     linears = config.linears()
     tensors: dict[str, Any] = {TOKENIZER: TOKENIZER_JSON.encode()}
@@ -119,8 +132,8 @@ def main() -> None:
     version = "v" + ".".join(map(str, FORMAT_VERSION))
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / version
     folder.mkdir(parents=True, exist_ok=True)
-    for name in MODELS:
-        write_expected(write(folder, name))
+    for name, model in VERSIONS[version].items():
+        write_expected(write(folder, name, *model))
 
 
 if __name__ == "__main__":

@@ -161,6 +161,24 @@ def test_sixteen_bit_embeddings(tmp_path: Path, seed: int) -> None:
         np.testing.assert_array_equal(file.array("embed.weight"), wanted)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied-gqa", "opt"])
+def test_four_bit_embeddings(family: str, tmp_path: Path, seed: int) -> None:
+    folder, settings = small(tmp_path, family, seed)
+    settings = dataclasses.replace(settings, embedding_bits=4)
+    convert(folder, tmp_path / "out.billm", settings)
+    source = open_model(folder)
+    with BillmFile.open(tmp_path / "out.billm") as file:
+        file.verify()
+        for name in ("embed", "head") if not file.config.tie_word_embeddings else ("embed",):
+            wanted = source.tensor(f"{name}.weight").numpy()
+            error = np.square(file.table(name).take(slice(None)) - wanted).sum() / np.square(wanted).sum()
+            assert error < 0.05  # 4 bits, and what feedback adds
+        checksums = file.checksums
+    convert(folder, tmp_path / "again.billm", settings)
+    with BillmFile.open(tmp_path / "again.billm") as file:
+        assert file.checksums == checksums
+
+
 def test_sharded_equals_single_file(tmp_path: Path, seed: int) -> None:
     single, settings = small(tmp_path, "llama", seed)
     save_model(tmp_path / "sharded", "llama", seed, max_shard_size="40KB")

@@ -39,11 +39,11 @@ static struct guarded guarded_alloc(size_t size) {
     return block;
 }
 
-enum { SIGN, SECOND, SALIENT, SCALES, VALUES, X, X_SCALE, ROW_SCALE, BIAS, OUT, EXPECTED, BLOCKS };
+enum { SIGN, SECOND, SALIENT, SCALES, VALUES, NIBBLES, STEPS, X, X_SCALE, ROW_SCALE, BIAS, OUT, EXPECTED, BLOCKS };
 
 struct problem {
     struct guarded memory[BLOCKS];
-    struct billm_weight binary, int8;
+    struct billm_weight binary, int8, int4;
     struct billm_tokens x;
     struct billm_epilogue epilogue;
     size_t out_stride, out_floats;
@@ -80,7 +80,7 @@ static void fill_values(struct guarded *block, size_t count, int bits, int extre
 static void make(struct problem *p) {
     size_t rows = 1 + below(below(8) ? 20 : 90), cols = edges[below(sizeof edges / sizeof *edges)];
     size_t block = (size_t)32 << below(4), tokens = token_counts[below(sizeof token_counts / sizeof *token_counts)];
-    size_t blocks = (cols + block - 1) / block, stride = (cols + 31) / 32 * 4;
+    size_t blocks = (cols + block - 1) / block, units = (cols + 31) / 32, stride = 4 * units;
     int bits = below(2) ? 8 : 16;
     int extreme = below(4) == 0; /* everything at the end of its range: sums must not overflow or saturate */
     fill_bytes(&p->memory[SIGN], rows * stride, extreme, 0xff);
@@ -88,6 +88,8 @@ static void make(struct problem *p) {
     fill_bytes(&p->memory[SALIENT], stride, extreme, below(2) ? 0xff : 0);
     fill_bytes(&p->memory[SCALES], rows * blocks * 4, extreme, 0xff);
     fill_bytes(&p->memory[VALUES], rows * cols, extreme, 0x80);
+    fill_bytes(&p->memory[NIBBLES], rows * units * 16, extreme, below(2) ? 0xff : 0);
+    fill_bytes(&p->memory[STEPS], rows * units, extreme, below(2) ? 0x80 : 0x7f);
     fill_values(&p->memory[X], tokens * cols, bits, extreme);
     fill_floats(&p->memory[X_SCALE], tokens * blocks);
     fill_floats(&p->memory[ROW_SCALE], rows);
@@ -106,18 +108,23 @@ static void make(struct problem *p) {
                                       p->memory[SALIENT].data,
                                       p->memory[SCALES].data,
                                       NULL};
-    p->int8 = (struct billm_weight){rows, cols, block, blocks, cols, NULL, NULL, NULL, NULL, p->memory[VALUES].data};
+    p->int8 = (struct billm_weight){.rows = rows, .cols = cols, .block = block, .blocks = blocks, .stride = cols};
+    p->int8.values = p->memory[VALUES].data;
+    p->int4 = (struct billm_weight){.rows = rows, .cols = cols, .block = 32, .blocks = units, .stride = 16 * units};
+    p->int4.nibbles = p->memory[NIBBLES].data;
+    p->int4.steps = p->memory[STEPS].data;
     p->x = (struct billm_tokens){p->memory[X].data, p->memory[X_SCALE].data, tokens, bits};
     p->epilogue = (struct billm_epilogue){p->memory[ROW_SCALE].data, 0, below(2) ? p->memory[BIAS].data : NULL};
 }
 
-/* Both weights, and the first rows of the binary one added to what is there, side by side in one output. */
+/* The weights of the problem's blocks, and the first rows of the binary one added to what is there, side by side in one
+ * output. One of 4 bits has blocks of its own: it joins where they agree. */
 static size_t products_of(const struct problem *p, struct billm_weight *part, float *out, struct billm_product list[3]) {
     size_t rows = p->binary.rows, stride = p->out_stride;
     *part = p->binary;
     part->rows = (rows + 1) / 2;
     list[0] = (struct billm_product){&p->binary, p->epilogue, out, stride, 0};
-    list[1] = (struct billm_product){&p->int8, p->epilogue, out + rows, stride, 0};
+    list[1] = (struct billm_product){p->binary.block == 32 && rows % 2 ? &p->int4 : &p->int8, p->epilogue, out + rows, stride, 0};
     list[2] = (struct billm_product){part, p->epilogue, out + 2 * rows, stride, 1};
     return 3;
 }

@@ -87,6 +87,22 @@ def test_wrong_activations(
         cpu.binary_linear(weight, dataclasses.replace(activations(), **fields))
 
 
+@pytest.mark.parametrize(("bits", "top"), [(8, 127), (16, 127 * 256 + 127)])
+def test_activations_out_of_range(backend: str, weight: PackedLinear, bits: int, top: int) -> None:
+    table, scale = np.ones((5, COLS), np.int8), np.ones(5, np.float16)
+    for tokens, place in ((1, (0, 0)), (3, (2, COLS - 1)), (3, (1, 50))):
+        for value in (top, -top, top + 1, -top - 1, -32768, 32767):
+            x = dataclasses.replace(activations(tokens), bits=bits)
+            x.values[...] = 0
+            x.values[place] = value
+            if abs(value) <= top:
+                assert cpu.int8_linear(table, scale, x).any() and cpu.binary_linear(weight, x).any()
+                continue
+            for product in (lambda x: cpu.int8_linear(table, scale, x), lambda x: cpu.binary_linear(weight, x)):
+                with pytest.raises(ValueError, match=f"x.values: wanted -{top} to {top} at {bits} bits, found others"):
+                    product(x)
+
+
 def test_wrong_row_scale(backend: str, weight: PackedLinear) -> None:
     with pytest.raises(ValueError, match=r"row_scale: wanted shape \[6\], found \[7\]"):
         cpu.binary_linear(weight, activations(), np.ones(7, np.float32))
@@ -107,6 +123,25 @@ def test_wrong_int8_weights(backend: str) -> None:
         cpu.int8_linear(table, np.ones(5), activations())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x.values: wanted shape \[-1, 100\], found \[2, 99\]"):
         cpu.int8_linear(table, scale, activations(cols=99))
+
+
+def test_wrong_int4_weights(backend: str) -> None:
+    table, step, scale = np.zeros((5, 64), np.uint8), np.zeros((4, 5), np.int8), np.ones(5, np.float16)
+    assert cpu.int4_linear(table, step, scale, activations()).shape == (2, 5)
+    with pytest.raises(TypeError, match="weight: wanted dtype uint8, found int8"):
+        cpu.int4_linear(table.view(np.int8), step, scale, activations())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight: wanted shape \[-1, 64\], found \[5, 63\]"):
+        cpu.int4_linear(table[:, :63].copy(), step, scale, activations())
+    with pytest.raises(ValueError, match="weight: wanted a C-contiguous array"):
+        cpu.int4_linear(np.asfortranarray(table), step, scale, activations())
+    with pytest.raises(TypeError, match="step: wanted dtype int8, found uint8"):
+        cpu.int4_linear(table, step.view(np.uint8), scale, activations())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"step: wanted shape \[4, 5\], found \[5, 4\]"):
+        cpu.int4_linear(table, step.reshape(5, 4), scale, activations())
+    with pytest.raises(ValueError, match=r"scale: wanted shape \[5\], found \[4\]"):
+        cpu.int4_linear(table, step, scale[:4], activations())
+    with pytest.raises(ValueError, match=r"x\.block: wanted 32, the columns of a group, found 64"):
+        cpu.int4_linear(table, step, scale, activations(block=64))
 
 
 def test_wrong_input_of_quantize(backend: str) -> None:

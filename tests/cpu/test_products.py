@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from billm_format.packing import PackedLinear
+from billm_format.packing import PackedLinear, nibble_levels
 from billm_rt import cpu
 from billm_rt.cpu import QuantizedActivations, fallback
 
@@ -78,6 +78,44 @@ def test_int8_linear_is_its_definition(isa: str, block: int, rng: np.random.Gene
             np.testing.assert_array_equal(
                 cpu.int8_linear(weight, scale, x), wanted, f"{rows} x {cols}, {tokens} tokens"
             )
+
+
+def random_codes(rng: np.random.Generator, rows: int, cols: int) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
+    """A 4-bit table; what lies behind its last column must not matter and is anything."""
+    groups = -(-cols // 32)
+    weight = rng.integers(0, 256, (rows, 16 * groups), dtype=np.uint8)
+    step = rng.integers(-128, 128, (groups, rows), dtype=np.int8)
+    return weight, np.where(rng.random(step.shape) < 0.1, -128, step).astype(np.int8)
+
+
+@pytest.mark.parametrize("cols", COLS)
+def test_int4_linear_is_its_definition(isa: str, cols: int, rng: np.random.Generator) -> None:
+    for tokens in rng.choice(TOKENS, 3, replace=False):
+        rows = int(rng.integers(1, 70))
+        weight, step = random_codes(rng, rows, cols)
+        scale = rng.uniform(0, 1, rows).astype(rng.choice(["float16", "float32"]))
+        x = random_activations(rng, int(tokens), cols, 32)
+        wanted = product(nibble_levels(weight, step, cols), x) * scale.astype(np.float32)
+        out = cpu.int4_linear(weight, step, scale, x)
+        np.testing.assert_array_equal(out, wanted, f"{rows} x {cols}, {tokens} tokens")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("cols", [31, 320, 1000])
+def test_int4_sums_at_the_end_of_their_range(isa: str, rows: int, tokens: int, cols: int) -> None:
+    groups = -(-cols // 32)
+    for activation in (127, -127, 32639, -32639, 32384, -32384, 128, -128):
+        bits = 8 if abs(activation) <= 127 else 16
+        x = QuantizedActivations(
+            np.full((tokens, cols), activation, np.int16), np.ones((tokens, groups), np.float32), 32, bits
+        )
+        for byte in (0x00, 0xFF):
+            for steps in (-128, 127):
+                weight = np.full((rows, 16 * groups), byte, np.uint8)
+                step = np.full((groups, rows), steps, np.int8)
+                out = cpu.int4_linear(weight, step, np.ones(rows, np.float32), x)
+                np.testing.assert_array_equal(out, product(nibble_levels(weight, step, cols), x))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 15, 16, 17, 33])
@@ -242,4 +280,10 @@ def test_numpy_gives_the_same_bits(isa: str, random_linear: Any, rng: np.random.
         table = rng.integers(-128, 128, (rows, cols), dtype=np.int8)
         np.testing.assert_array_equal(
             cpu.int8_linear(table, weight.row_scale, native), fallback.int8_linear(table, weight.row_scale, plain)
+        )
+        codes, step = random_codes(rng, rows, cols)
+        x32 = cpu.quantize(x, 32, None, bits)
+        np.testing.assert_array_equal(
+            cpu.int4_linear(codes, step, weight.row_scale, x32),
+            fallback.int4_linear(codes, step, weight.row_scale, x32),
         )

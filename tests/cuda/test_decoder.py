@@ -39,7 +39,7 @@ def test_logits_of_every_family(
     quantization = Quantization(
         block_size=int(rng.choice([32, 64, 128, 256])),
         overrides={"layers.0.k_proj": 32, "layers.1.up_proj": 128},
-        embedding_bits=int(rng.choice([8, 16])),
+        embedding_bits=int(rng.choice([4, 8, 16])),
         col_scales=("layers.0.v_proj", "layers.1.q_proj", "layers.1.k_proj", "layers.1.down_proj"),
     )
     make_random_billm(tmp_path / "m.billm", tiny_config(family), quantization, seed)

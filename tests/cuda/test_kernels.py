@@ -9,6 +9,7 @@ from cuda.conftest import RandomLinear
 from cuda.emulator import EmulatedDevice, EmulationError
 from random_model import tiny_config
 
+from billm_format.packing import Table
 from billm_rt.backend import Norm
 from billm_rt.cuda import launch
 from billm_rt.cuda.cache import DeviceCache
@@ -121,7 +122,7 @@ def test_tables(dtype: Any, width: int, device: EmulatedDevice, rng: np.random.G
     scale = rng.uniform(0.01, 0.02, rows).astype(np.float16) if dtype == np.int8 else None
     wide = weight.astype(np.float64) * (1 if scale is None else scale.astype(np.float64)[:, None])
     backend = CudaBackend(device)
-    table: DeviceTable = backend.load_table(weight, scale)
+    table: DeviceTable = backend.load_table(Table(weight, weight.shape[1], scale))
     ids = rng.integers(0, rows, 5)
     assert references.error(backend.embed(ids, table), wide[ids]) < 1e-6
     for tokens in (1, 2, 8, 11):

@@ -10,6 +10,7 @@ from cuda.conftest import RandomLinear
 from cuda.emulator import EmulatedDevice
 from random_model import tiny_config
 
+from billm_format.packing import Table
 from billm_rt.cuda import launch
 from billm_rt.cuda.cache import DeviceCache
 from billm_rt.cuda.launch import Kernel
@@ -31,7 +32,7 @@ def head(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Gen
     """Return the error of a product with rows of bytes."""
     weight, x = rng.integers(-127, 128, (19, 64), np.int8), rng.standard_normal((1, 64)).astype(np.float32)
     backend = CudaBackend(device)
-    table = backend.load_table(weight, np.ones(19, np.float16))
+    table = backend.load_table(Table(weight, weight.shape[1], np.ones(19, np.float16)))
     return references.error(backend.head(x, table), x.astype(np.float64) @ weight.astype(np.float64).T)
 
 

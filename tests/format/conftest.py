@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def vectors() -> Path:
-    """The folder of the golden files of version 1.0."""
+    """The folder of version 1.0's golden files."""
     return ROOT / "format" / "vectors" / "v1.0"
 
 
-@pytest.fixture(params=["llama", "opt"])
+@pytest.fixture(params=["v1.0/llama", "v1.0/opt", "v1.1/llama-4bit"])
 def golden(request: pytest.FixtureRequest, vectors: Path) -> Path:
     """The path of a golden file (not to be written to)."""
-    return vectors / f"{request.param}.billm"
+    return vectors.parent / f"{request.param}.billm"
 
 
 @pytest.fixture

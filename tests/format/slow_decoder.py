@@ -138,6 +138,10 @@ class SlowFile:
         rows = self.matrix(f"{name}.weight")
         if self.quantization["embedding_bits"] == 16:
             return rows
+        if self.quantization["embedding_bits"] == 4:
+            steps = self.matrix(f"{name}.step")
+            cols = self.config["embedding_size"]
+            rows = [[(code(row, e) - 8) * steps[e // 32][v] for e in range(cols)] for v, row in enumerate(rows)]
         return [[scale * value for value in row] for scale, row in zip(self.values(f"{name}.scale"), rows, strict=True)]
 
     def logits(self, tokens: list[int]) -> Matrix:
@@ -234,6 +238,13 @@ class SlowFile:
         else:
             inner = [[function(u) for u in up] for up in ups]
         return self.apply(f"{name}.down_proj", inner)
+
+
+def code(row: Vector, col: int) -> int:
+    """The 4-bit code of a column: low halves of bytes hold the first sixteen of a group, high halves the others."""
+    group, place = divmod(col, 32)
+    byte = int(row[16 * group + place % 16])
+    return byte % 16 if place < 16 else byte // 16
 
 
 def rotate(old: Vector, position: int, inv_freq: Vector, scale: float) -> Vector:

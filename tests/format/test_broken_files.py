@@ -200,7 +200,8 @@ BROKEN: dict[str, tuple[Callable[[Forge], Any], str]] = {
     "column scale of none": (quantization(col_scales=["embed"]), "col_scales: wanted names of this model's Linears"),
     "column scale twice": (quantization(col_scales=[Q, Q]), "col_scales: wanted every Linear once"),
     "column scale missing": (quantization(col_scales=[Q]), f"tensor {Q}.col_scale: wanted F16"),
-    "embedding bits": (quantization(embedding_bits=4), "embedding_bits: wanted 8 or 16, found 4"),
+    "embedding bits": (quantization(embedding_bits=5), "embedding_bits: wanted 4, 8 or 16, found 5"),
+    "other embedding": (quantization(embedding_bits=4), r"embed.weight: wanted U8 \[24, 32\], found I8 \[24, 36\]"),
     "tokenizer record": (lambda f: f.metadata["tokenizer"].update(add_bos=1), "add_bos: wanted bool, found 1"),
     "surrogate": (lambda f: f.metadata["tokenizer"].update(bos_token="\ud800"), "tokenizer: .* lone surrogate"),
     "conversion no object": (metadata(conversion="3"), "metadata conversion: wanted a JSON object"),
@@ -462,6 +463,25 @@ def test_forbidden_values_under_right_checksums(
             file.verify()
 
 
+@pytest.mark.parametrize(("place", "byte"), [(16 + 4, 0x01), (16 + 0, 0x10), (24 * 32 - 1, 0x80)])
+@pytest.mark.parametrize("name", ["embed.weight", "head.weight"])
+def test_codes_behind_the_last_column_are_found_by_verify(
+    name: str, place: int, byte: int, vectors: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "codes.billm"
+    forge = Forge.of(vectors.parent / "v1.1" / "llama-4bit.billm")
+    data = bytearray(forge.data[name])
+    data[place] |= byte
+    forge.data[name] = bytes(data)
+    forge.place()
+    path.write_bytes(forge.build())
+    with BillmFile.open(path) as file:
+        with pytest.raises(CorruptFileError, match=rf"{name}: wanted zeros after column 35, found another code"):
+            file.verify()
+        table = file.table(name.removesuffix(".weight"))
+        assert table.take(slice(None)).shape == (24, 36)
+
+
 def test_infinite_matrix_is_found_by_verify(vectors: Path, tmp_path: Path) -> None:
     path = tmp_path / "opt.billm"
     forge = Forge.of(vectors / "opt.billm")
@@ -499,7 +519,7 @@ def test_newer_minor_version_with_a_field_that_must_be_understood(victim: Path) 
     forge.metadata["billm_version"] = "1.7"
     forge.metadata["config"]["experts"] = 8
     victim.write_bytes(forge.build())
-    refused(victim, "'experts' is not one this version knows; the file is of version 1.7, this reader of 1.0: update")
+    refused(victim, "'experts' is not one this version knows; the file is of version 1.7, this reader of 1.1: update")
 
 
 def test_unknown_metadata_keys_are_ignored(victim: Path) -> None:

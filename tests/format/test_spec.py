@@ -11,12 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 from random_model import FAMILIES, tiny_config
-from slow_decoder import SlowLinear, weight
+from slow_decoder import SlowLinear, code, weight
 
 from billm_format import layout
-from billm_format.config import BLOCK_SIZES, MAX_LAYERS, MAX_SIZE, ModelConfig, Quantization, TokenizerInfo
+from billm_format.config import (
+    BLOCK_SIZES,
+    EMBEDDING_BITS,
+    MAX_LAYERS,
+    MAX_SIZE,
+    ModelConfig,
+    Quantization,
+    TokenizerInfo,
+)
 from billm_format.header import MAX_COMMAS, MAX_DEPTH, MAX_HEADER_BYTES
-from billm_format.packing import PackedLinear
+from billm_format.packing import PackedLinear, Table, pack_nibbles, unpack_nibbles
 
 SPEC = (Path(__file__).resolve().parents[2] / "format" / "SPEC.md").read_text(encoding="utf-8")
 
@@ -71,7 +79,7 @@ def expected_specs(config: ModelConfig, quantization: Quantization) -> list[layo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bits", EMBEDDING_BITS)
 def test_tensor_tables_are_the_layout(family: str, bits: int) -> None:
     config = tiny_config(family)
     quantization = Quantization(64, {"layers.1.down_proj": 32}, bits, ("layers.0.v_proj",))
@@ -99,6 +107,7 @@ def test_record_tables_state_the_values_that_the_code_takes() -> None:
     assert rows["num_hidden_layers"] == f"1 to {MAX_LAYERS}"
     blocks = {row[0]: row[1] for row in table(section("2.2"))}
     assert blocks["block_size"] == ", ".join(map(str, BLOCK_SIZES))
+    assert blocks["embedding_bits"] == ", ".join(map(str, EMBEDDING_BITS))
 
 
 def test_bounds_are_those_of_the_code() -> None:
@@ -117,10 +126,10 @@ def test_kinds_are_those_of_the_code() -> None:
 # ---- the worked example
 
 
-def example() -> dict[str, bytes]:
-    """Return the bytes of the example's tensors."""
+def example(title: str = "10. ") -> dict[str, bytes]:
+    """Return the bytes of the tensors of a section's example."""
     parts: dict[str, bytes] = {}
-    block = re.search(r"```example\n(.*?)```", section("10."), re.DOTALL)
+    block = re.search(r"```example\n(.*?)```", section(title), re.DOTALL)
     assert block
     for line in block[1].splitlines():
         name, _, digits = line.partition(" ")
@@ -131,7 +140,7 @@ def example() -> dict[str, bytes]:
 def example_weights() -> dict[tuple[int, int], float]:
     """Return (row, column) -> weight as the example's table states them, every weight once."""
     weights: dict[tuple[int, int], float] = {}
-    for row, columns, _, _, _, formula in table(section("10.")):
+    for row, columns, _, _, _, formula in table(section("10. ")):
         product, _, value = formula.rpartition(" = ")
         assert math.prod(float(factor) for factor in product.split(" * ")) == float(value), formula
         first, _, last = columns.partition(" to ")
@@ -165,6 +174,40 @@ def test_worked_example_with_the_slow_decoder() -> None:
     planes = {name: list(parts[name]) for name in ("sign", "second", "salient", "scales")}
     slow = SlowLinear(rows=2, cols=36, block=32, bias=[0.0, 0.0], **planes, **halves)
     assert {(r, j): weight(slow, r, j) for r in range(2) for j in range(36)} == example_weights()
+
+
+def table_entries() -> np.ndarray:
+    """Return the entries of the 4-bit example as its table states them, every one once."""
+    entries = np.full((2, 36), np.nan)
+    for row, columns, digits, formula in table(section("10.1 ")):
+        product, _, value = formula.rpartition(" = ")
+        assert eval(product) == float(value) and product.startswith(f"({digits} - 8)"), formula
+        first, _, last = columns.partition(" to ")
+        places = entries[int(row), int(first) : int(last or first) + 1]
+        assert np.isnan(places).all()
+        places[...] = float(value)
+    assert np.isfinite(entries).all()
+    return entries
+
+
+def test_worked_example_of_a_4_bit_table() -> None:
+    parts = example("10.1 ")
+    weight, step = np.frombuffer(parts["weight"], np.uint8).reshape(2, 32), np.frombuffer(parts["step"], np.int8)
+    packed = Table(weight, 36, np.frombuffer(parts["scale"], "<f2"), step.reshape(2, 2))
+    np.testing.assert_array_equal(packed.take(slice(None)), table_entries())
+    np.testing.assert_array_equal(packed.take(np.array([1, 0])), table_entries()[::-1])
+    codes = unpack_nibbles(weight, 36)
+    np.testing.assert_array_equal(pack_nibbles(codes), weight)
+    assert [[code(row, e) for e in range(36)] for row in weight.tolist()] == codes.tolist()
+
+
+def test_nibbles_survive_packing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for cols in (1, 15, 16, 17, 31, 32, 33, 64, 100):
+        codes = rng.integers(0, 16, (5, cols), np.uint8)
+        packed = pack_nibbles(codes)
+        assert packed.shape == (5, layout.table_bytes(cols))
+        np.testing.assert_array_equal(unpack_nibbles(packed, cols), codes)
 
 
 def test_meaning_table_holds_for_all_scale_bytes() -> None:

@@ -99,13 +99,6 @@ def _empty(config: ModelConfig, rope: dict[str, Any] | None) -> Any:
     return make_model(make_config(**common, **extra)).float().eval()
 
 
-def _table(file: BillmFile, name: str) -> np.ndarray:
-    weight = file.array(f"{name}.weight").astype(np.float32)
-    if file.quantization.embedding_bits == 8:
-        weight *= file.array(f"{name}.scale").astype(np.float32)[:, None]
-    return weight
-
-
 def _linear(file: BillmFile, name: str, hf_name: str) -> dict[str, np.ndarray]:
     linear = file.linear(name)
     state = {f"{hf_name}.weight": linear.dequantize()}
@@ -114,9 +107,12 @@ def _linear(file: BillmFile, name: str, hf_name: str) -> dict[str, np.ndarray]:
 
 def _llama_state(file: BillmFile) -> dict[str, np.ndarray]:
     config = file.config
-    state = {"model.embed_tokens.weight": _table(file, "embed"), "model.norm.weight": file.array("final_norm.weight")}
+    state = {
+        "model.embed_tokens.weight": file.table("embed").take(slice(None)),
+        "model.norm.weight": file.array("final_norm.weight"),
+    }
     if not config.tie_word_embeddings:
-        state["lm_head.weight"] = _table(file, "head")
+        state["lm_head.weight"] = file.table("head").take(slice(None))
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         state[f"{theirs}.input_layernorm.weight"] = file.array(f"{ours}.attn_norm.weight")
@@ -133,11 +129,11 @@ def _llama_state(file: BillmFile) -> dict[str, np.ndarray]:
 def _opt_state(file: BillmFile) -> dict[str, np.ndarray]:
     config, root = file.config, "model.decoder"
     state = {
-        f"{root}.embed_tokens.weight": _table(file, "embed"),
+        f"{root}.embed_tokens.weight": file.table("embed").take(slice(None)),
         f"{root}.embed_positions.weight": file.array("pos_embed.weight").astype(np.float32),
     }
     if not config.tie_word_embeddings:
-        state["lm_head.weight"] = _table(file, "head")
+        state["lm_head.weight"] = file.table("head").take(slice(None))
     if config.final_norm:
         state |= _layer_norm(file, "final_norm", f"{root}.final_layer_norm")
     if config.has_projections:

@@ -253,7 +253,8 @@ class _Emulated(ReferenceBackend):
         return out
 
     def head(self, x: np.ndarray, table: Any) -> np.ndarray:
-        return super().head(_round_to_int8(x, 128) if table.scale is not None else x, table)
+        block = 32 if table.step is not None else 128
+        return super().head(_round_to_int8(x, block) if table.scale is not None else x, table)
 
 
 def _round_to_int8(x: np.ndarray, block: int) -> np.ndarray:
@@ -266,7 +267,7 @@ def _round_to_int8(x: np.ndarray, block: int) -> np.ndarray:
 
 
 @needs_native
-@pytest.mark.parametrize("embedding_bits", [8, 16])
+@pytest.mark.parametrize("embedding_bits", [4, 8, 16])
 def test_native_path_is_its_definition(
     path: Path, tmp_path: Path, embedding_bits: int, seed: int, rng: np.random.Generator
 ) -> None:

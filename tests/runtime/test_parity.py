@@ -40,7 +40,7 @@ def _quantization(config: ModelConfig, rng: np.random.Generator) -> Quantization
     return Quantization(
         block_size=int(rng.choice([32, 64, 128])),
         overrides={str(rng.choice(names)): 64},
-        embedding_bits=int(rng.choice([8, 16])),
+        embedding_bits=int(rng.choice([4, 8, 16])),
         col_scales=tuple(name for name in names if rng.random() < 0.5),
     )
 

@@ -82,6 +82,25 @@ static void int8_half(const struct billm_weight *w, size_t row, size_t rows, siz
     }
 }
 
+/* At 4 bits the codes, less their offset, are signed bytes in the place of the positive part; in that of the negative part
+ * lie the steps, int32 [blocks][16 rows]. */
+static void int4_half(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, uint8_t *out) {
+    const __m512i offsets = row_offsets(rows, w->stride), low_half = _mm512_set1_epi8(15);
+    const uint8_t *from = w->nibbles + row * w->stride + col / 2;
+    int32_t *steps = (int32_t *)(void *)(out + PART_BYTES);
+    for (size_t j = 0; j < cols; j += BILLM_UNIT, from += 16, out += 8 * QUAD_BYTES, steps += ROWS) {
+        for (size_t quad = 0; quad < 4; quad++) {
+            __m512i codes = _mm512_i32gather_epi32(offsets, from + 4 * quad, 1);
+            __m512i first = _mm512_and_si512(codes, low_half);
+            __m512i last = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low_half);
+            _mm512_store_si512(out + quad * QUAD_BYTES, _mm512_sub_epi8(first, _mm512_set1_epi8(8)));
+            _mm512_store_si512(out + (4 + quad) * QUAD_BYTES, _mm512_sub_epi8(last, _mm512_set1_epi8(8)));
+        }
+        for (size_t r = 0; r < ROWS; r++)
+            steps[r] = w->steps[(col + j) / BILLM_UNIT * w->rows + row + billm_min(r, rows - 1)];
+    }
+}
+
 static void binary_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
     for (size_t first = 0; first < rows; first += ROWS) /* what is not written has sums that are not used */
         binary_half(w, row + first, billm_min(ROWS, rows - first), col, cols,
@@ -91,6 +110,12 @@ static void binary_tile(const struct billm_weight *w, size_t row, size_t rows, s
 static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
     for (size_t first = 0; first < rows; first += ROWS)
         int8_half(w, row + first, billm_min(ROWS, rows - first), col, cols,
+                  (uint8_t *)tile + first / ROWS * HALF_BYTES);
+}
+
+static void int4_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    for (size_t first = 0; first < rows; first += ROWS)
+        int4_half(w, row + first, billm_min(ROWS, rows - first), col, cols,
                   (uint8_t *)tile + first / ROWS * HALF_BYTES);
 }
 
@@ -162,6 +187,33 @@ static inline void multiply_block(const uint8_t *level, size_t cols, size_t step
     }
 }
 
+/* The same with codes of 4 bits, whose blocks are a unit: the digits' sums. */
+static inline void multiply_codes(const uint8_t *codes, const int8_t *x, int bits, int32_t sums[4][TOKENS][ROWS]) {
+    _tile_zero(0);
+    _tile_zero(2);
+    _tile_loadd(4, codes, QUAD_BYTES);
+    _tile_loadd(6, x + LOW * DIGIT_BYTES, STEP);
+    _tile_dpbssd(0, 6, 4);
+    if (bits != 8) {
+        _tile_loadd(7, x + HIGH * DIGIT_BYTES, STEP);
+        _tile_dpbssd(2, 7, 4);
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(2, sums[2], 64);
+}
+
+/* acc = acc + scale * step * (sum of both digits) for each token. */
+static inline void step_codes(int32_t sums[4][TOKENS][ROWS], const int32_t *steps, const float *scale,
+                              size_t scale_stride, float *acc) {
+    const __m512i step = _mm512_load_si512(steps);
+    for (size_t t = 0; t < TOKENS; t++, acc += TILE_ROWS) {
+        __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums[2][t]), 8);
+        __m512i sum = _mm512_mullo_epi32(_mm512_add_epi32(_mm512_load_si512(sums[0][t]), high), step);
+        __m512 product = _mm512_mul_ps(_mm512_set1_ps(scale[t * scale_stride]), _mm512_cvtepi32_ps(sum));
+        _mm512_storeu_ps(acc, _mm512_add_ps(_mm512_loadu_ps(acc), product));
+    }
+}
+
 /* acc = acc + scale * sum for each token, two roundings. */
 static inline void step_tokens(int32_t sums[4][TOKENS][ROWS], const float *scale, size_t scale_stride, int bits,
                                float *acc) {
@@ -176,9 +228,9 @@ static inline void step_tokens(int32_t sums[4][TOKENS][ROWS], const float *scale
     }
 }
 
-static void multiply(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
-                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
-    const size_t step = billm_min(block, STEP);
+static void multiply(const struct billm_weight *w, const void *tile, size_t col, size_t cols, const void *panel,
+                     size_t stride, int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    const size_t block = w->block, step = billm_min(block, STEP);
     _Alignas(64) int32_t sums[4][TOKENS][ROWS];
     configure(step);
     for (size_t t = 0; t < tokens; t += TOKENS)
@@ -186,9 +238,16 @@ static void multiply(const void *tile, size_t col, size_t cols, size_t block, co
             const int8_t *x = (const int8_t *)panel + t * stride + (col + at) / STEP * STEP_BYTES + at % STEP;
             for (size_t half = 0; half < 2; half++) {
                 const uint8_t *level = (const uint8_t *)tile + half * HALF_BYTES + at / 4 * QUAD_BYTES;
-                multiply_block(level, billm_min(block, cols - at), step, x, bits, sums);
-                step_tokens(sums, x_scale + t * scale_stride + b, scale_stride, bits,
-                            acc + t * TILE_ROWS + half * ROWS);
+                const float *scale = x_scale + t * scale_stride + b;
+                float *to = acc + t * TILE_ROWS + half * ROWS;
+                if (w->nibbles) {
+                    const void *steps = (const uint8_t *)tile + half * HALF_BYTES + PART_BYTES;
+                    multiply_codes(level, x, bits, sums);
+                    step_codes(sums, (const int32_t *)steps + b * ROWS, scale, scale_stride, to);
+                } else {
+                    multiply_block(level, billm_min(block, cols - at), step, x, bits, sums);
+                    step_tokens(sums, scale, scale_stride, bits, to);
+                }
             }
         }
     _tile_release();
@@ -204,8 +263,10 @@ const struct billm_isa billm_amx = {
     .prepare = billm_avx512_prepare,
     .binary_gemv = billm_avx512_binary_gemv,
     .int8_gemv = billm_avx512_int8_gemv,
+    .int4_gemv = billm_avx512_int4_gemv,
     .binary_tile = binary_tile,
     .int8_tile = int8_tile,
+    .int4_tile = int4_tile,
     .pack = pack,
     .multiply = multiply,
     .floats = &billm_float_avx512,

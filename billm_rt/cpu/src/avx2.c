@@ -87,17 +87,60 @@ static void int8_gemv(const struct billm_weight *w, const void *prepared, int bi
     }
 }
 
+/* ---- decoding, 4-bit rows: as 8-bit ones; the offset of the codes is taken off the sum of a block ---- */
+
+/* sum(code * x) of a unit, spread over the lanes. */
+static inline __m256i nibble_sums(const uint8_t *from, const int16_t *x) {
+    const __m128i bytes = _mm_loadu_si128((const void *)from), low_half = _mm_set1_epi8(15);
+    __m256i first = _mm256_cvtepu8_epi16(_mm_and_si128(bytes, low_half));
+    __m256i last = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_half));
+    return _mm256_add_epi32(_mm256_madd_epi16(first, _mm256_load_si256((const void *)x)),
+                            _mm256_madd_epi16(last, _mm256_load_si256((const void *)(x + 16))));
+}
+
+/* `prepared` holds the activations, padded with zeros to a whole unit, and for each block eight times their sum. */
+static void int4_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                      size_t end, float *acc) {
+    const int16_t *x = prepared;
+    const int32_t *offset = (const void *)(x + w->blocks * BILLM_UNIT);
+    (void)bits;
+    for (size_t rows; row < end; row += rows) {
+        __m256 total = _mm256_setzero_ps();
+        rows = billm_min(8, end - row);
+        for (size_t b = 0; b < w->blocks; b++) {
+            __m256i sums[8];
+            int8_t steps[8] = {0};
+            for (size_t r = 0; r < 8; r++)
+                sums[r] = nibble_sums(w->nibbles + (row + billm_min(r, rows - 1)) * w->stride + 16 * b,
+                                      x + BILLM_UNIT * b);
+            memcpy(steps, w->steps + b * w->rows + row, rows);
+            __m256i sum = _mm256_sub_epi32(billm_sum8(sums), _mm256_set1_epi32(offset[b]));
+            __m256i step = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)steps));
+            total = billm_step(total, x_scale[b], _mm256_mullo_epi32(sum, step));
+        }
+        float result[8];
+        _mm256_storeu_ps(result, total);
+        memcpy(acc, result, rows * sizeof *acc);
+        acc += rows;
+    }
+}
+
 static size_t prepared_bytes(const struct billm_weight *w) {
+    if (w->nibbles)
+        return w->blocks * (BILLM_UNIT * sizeof(int16_t) + sizeof(int32_t));
     return w->values ? billm_round_up(w->cols, 16) * sizeof(int16_t) : 2 * billm_slabs(w) * sizeof(struct billm_slab);
 }
 
 static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
-    if (!w->values) {
+    if (w->sign) {
         billm_prepare_binary(w, x, prepared);
         return;
     }
     memset(prepared, 0, prepared_bytes(w));
     memcpy(prepared, x, w->cols * sizeof *x);
+    int32_t *offset = (void *)((int16_t *)prepared + w->blocks * BILLM_UNIT);
+    for (size_t j = 0; w->nibbles && j < w->cols; j++)
+        offset[j / BILLM_UNIT] += 8 * x[j];
 }
 
 /* ---- tiles: int16 [cols / 2][16 rows][2]: a 32-bit lane is a row, madd_epi16 sums a pair of columns ---- */
@@ -178,25 +221,44 @@ void billm_avx2_binary_tile(const struct billm_weight *w, size_t row, size_t row
     }
 }
 
-void billm_avx2_int8_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+/* Sixteen columns of a row, `left` of which are there, as int16. */
+typedef __m256i columns16(const struct billm_weight *w, size_t row, size_t col, size_t left);
+
+BILLM_INLINE __m256i int8_columns(const struct billm_weight *w, size_t row, size_t col, size_t left) {
+    const int8_t *from = w->values + row * w->stride + col;
+    return left < 16 ? widen_start(from, left) : widen(from);
+}
+
+BILLM_INLINE __m256i int4_columns(const struct billm_weight *w, size_t row, size_t col, size_t left) {
+    const uint8_t *from = w->nibbles + row * w->stride + col / BILLM_UNIT * 16;
+    __m128i bytes = _mm_loadu_si128((const void *)from);
+    (void)left; /* rows are whole units; what is too many meets zeros */
+    __m128i codes = _mm_and_si128(col / 16 % 2 ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(15));
+    __m256i levels = _mm256_sub_epi16(_mm256_cvtepu8_epi16(codes), _mm256_set1_epi16(8));
+    return _mm256_mullo_epi16(levels, _mm256_set1_epi16(w->steps[col / BILLM_UNIT * w->rows + row]));
+}
+
+BILLM_INLINE void table_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols,
+                             void *tile, columns16 *columns) {
     for (size_t half = 0; half < 2; half++) {
         __m256i *out = (__m256i *)tile + half;
         for (size_t j = 0; j < billm_round_up(cols, BILLM_UNIT); j += 16, out += 16) {
             __m256i values[8];
-            for (size_t r = 0; r < 8; r++) {
-                const int8_t *from = w->values + (row + billm_min(8 * half + r, rows - 1)) * w->stride + col + j;
-                int8_t short_row[16] = {0};
-                if (j + 16 > cols) {
-                    memcpy(short_row, from, j < cols ? cols - j : 0);
-                    from = short_row;
-                }
-                values[r] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
-            }
+            for (size_t r = 0; r < 8; r++)
+                values[r] = columns(w, row + billm_min(8 * half + r, rows - 1), col + j, j < cols ? cols - j : 0);
             billm_transpose8(values);
             for (size_t p = 0; p < 8; p++)
                 _mm256_store_si256(out + 2 * p, values[p]);
         }
     }
+}
+
+void billm_avx2_int8_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    table_tile(w, row, rows, col, cols, tile, int8_columns);
+}
+
+void billm_avx2_int4_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    table_tile(w, row, rows, col, cols, tile, int4_columns);
 }
 
 void billm_avx2_pack(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token) {
@@ -229,8 +291,9 @@ static void multiply_block(const __m256i *level, size_t pairs, const int16_t *co
     memcpy(sums, result, sizeof result);
 }
 
-static void multiply(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
-                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const struct billm_weight *w, const void *tile, size_t col, size_t cols, const void *panel,
+                     size_t stride, int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    const size_t block = w->block;
     const uint8_t *x = (const uint8_t *)panel + col * sizeof(int16_t);
     (void)bits;
     for (size_t t = 0; t < tokens; t += TOKEN_STEP, acc += TOKEN_STEP * TILE_ROWS) {
@@ -259,8 +322,10 @@ const struct billm_isa billm_avx2 = {
     .prepare = prepare,
     .binary_gemv = binary_gemv,
     .int8_gemv = int8_gemv,
+    .int4_gemv = int4_gemv,
     .binary_tile = billm_avx2_binary_tile,
     .int8_tile = billm_avx2_int8_tile,
+    .int4_tile = billm_avx2_int4_tile,
     .pack = billm_avx2_pack,
     .multiply = multiply,
     .floats = &billm_float_avx2,

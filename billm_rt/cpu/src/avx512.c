@@ -276,81 +276,15 @@ void billm_avx512_binary_gemv(const struct billm_weight *w, const void *prepared
         gemv(w, prepared, 0, 16, x_scale, row, end, acc);
 }
 
-/* ---- decoding, int8 rows: pairs of int16, eight rows side by side; prepared are the activations and zeros ---- */
-
-enum { INT8_ROWS = 8, INT8_COLS = 32 };
-
-/* Lane i is the sum of the lanes of r[i]. */
-static inline __m256i sum_lanes(const __m512i r[INT8_ROWS]) {
-    __m512i pair[4], quad[2];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-        pair[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]),
-                                   _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]));
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-        quad[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]),
-                                   _mm512_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]));
-    __m512i half = _mm512_add_epi32(_mm512_shuffle_i32x4(quad[0], quad[1], 0x88),
-                                    _mm512_shuffle_i32x4(quad[0], quad[1], 0xdd));
-    __m256i low = _mm512_castsi512_si256(half), high = _mm512_extracti64x4_epi64(half, 1);
-    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
-}
-
-/* Add 32 columns of eight rows; `count` of them are there, `whole` says whether that is all. */
-BILLM_INLINE void add_columns(const int8_t *const from[INT8_ROWS], size_t col, const int whole, size_t count,
-                              const int16_t *x, __m512i sums[INT8_ROWS]) {
-    const __m512i values = _mm512_loadu_si512(x + col);
-    int8_t short_row[INT8_COLS] = {0};
-#pragma GCC unroll 8
-    for (size_t r = 0; r < INT8_ROWS; r++) {
-        if (!whole)
-            memcpy(short_row, from[r] + col, count);
-        const __m256i weight = _mm256_loadu_si256((const void *)(whole ? from[r] + col : short_row));
-        sums[r] = _mm512_dpwssd_epi32(sums[r], _mm512_cvtepi8_epi16(weight), values);
-    }
-}
-
-void billm_avx512_int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
-                            size_t row, size_t end, float *acc) {
-    (void)bits; /* pairs of int16 serve both */
-    for (size_t rows; row < end; row += rows) {
-        const int8_t *from[INT8_ROWS];
-        __m256 total = _mm256_setzero_ps();
-        rows = billm_min(INT8_ROWS, end - row);
-        for (size_t r = 0; r < INT8_ROWS; r++)
-            from[r] = w->values + (row + billm_min(r, rows - 1)) * w->stride;
-        for (size_t block = 0, col = 0; block < w->blocks; block++) {
-            const size_t stop = billm_min(col + w->block, w->cols);
-            __m512i sums[INT8_ROWS];
-#pragma GCC unroll 8
-            for (size_t r = 0; r < INT8_ROWS; r++)
-                sums[r] = _mm512_setzero_si512();
-            for (; col + INT8_COLS <= stop; col += INT8_COLS)
-                add_columns(from, col, 1, INT8_COLS, prepared, sums);
-            if (col < stop)
-                add_columns(from, col, 0, stop - col, prepared, sums);
-            col = stop;
-            total = billm_step(total, x_scale[block], sum_lanes(sums));
-        }
-        float result[INT8_ROWS];
-        _mm256_storeu_ps(result, total);
-        memcpy(acc, result, rows * sizeof *acc);
-        acc += rows;
-    }
-}
-
 size_t billm_avx512_prepared_bytes(const struct billm_weight *w) {
-    return w->values ? billm_round_up(w->cols, INT8_COLS) * sizeof(int16_t) : slabs_of(w) * sizeof(struct slab);
+    return w->sign ? slabs_of(w) * sizeof(struct slab) : billm_avx512_table_bytes(w);
 }
 
 void billm_avx512_prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
-    if (w->values) {
-        memcpy(prepared, x, w->cols * sizeof *x);
-        memset((int16_t *)prepared + w->cols, 0, (billm_round_up(w->cols, INT8_COLS) - w->cols) * sizeof *x);
-    } else {
+    if (w->sign)
         prepare_binary(w, x, prepared);
-    }
+    else
+        billm_avx512_prepare_table(w, x, prepared);
 }
 
 /* ---- prompts ---- */
@@ -375,6 +309,10 @@ static void binary_tile(const struct billm_weight *w, size_t row, size_t rows, s
 
 static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
     two_tiles(billm_avx2_int8_tile, w, row, rows, col, cols, tile);
+}
+
+static void int4_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    two_tiles(billm_avx2_int4_tile, w, row, rows, col, cols, tile);
 }
 
 /* Sums over `pairs` pairs of columns, eight tokens by 32 rows: two loads of the tile and eight of activations feed
@@ -403,8 +341,9 @@ static void multiply_block(const uint8_t *level, size_t pairs, const uint8_t *co
     memcpy(sums, result, sizeof result);
 }
 
-static void multiply(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
-                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const struct billm_weight *w, const void *tile, size_t col, size_t cols, const void *panel,
+                     size_t stride, int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    const size_t block = w->block;
     const uint8_t *x = (const uint8_t *)panel + col * sizeof(int16_t);
     (void)bits;
     for (size_t t = 0; t < tokens; t += 8) {
@@ -434,8 +373,10 @@ const struct billm_isa billm_avx512 = {
     .prepare = billm_avx512_prepare,
     .binary_gemv = billm_avx512_binary_gemv,
     .int8_gemv = billm_avx512_int8_gemv,
+    .int4_gemv = billm_avx512_int4_gemv,
     .binary_tile = binary_tile,
     .int8_tile = int8_tile,
+    .int4_tile = int4_tile,
     .pack = billm_avx2_pack,
     .multiply = multiply,
     .floats = &billm_float_avx512,

@@ -178,31 +178,28 @@ static struct share share_of(const struct job *job, size_t task) {
     return share;
 }
 
-static float half_to_float(unsigned half) {
-    uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
-    float value;
-    if (exponent == 0) { /* zero or subnormal: mantissa * 2^-24, exact */
-        value = (float)mantissa * 5.9604644775390625e-8f;
-        return sign ? -value : value;
+/* The exponent moves by a product with a power of two, which is exact and needs no branch for subnormal numbers; only
+ * infinities and NaN need one more step of it. */
+static void halves_to_floats(const uint8_t *restrict from, size_t count, float *restrict to) {
+    uint16_t halves[MAX_ROWS];
+    memcpy(halves, from, count * sizeof *halves);
+    for (size_t i = 0; i < count; i++) {
+        union {
+            uint32_t bits;
+            float number;
+        } value = {(halves[i] & 0x7fffu) << 13};
+        const uint32_t beyond = value.bits >= 31u << 23 ? 255u << 23 : 0, sign = (halves[i] & 0x8000u) << 16;
+        value.number *= 5.192296858534828e33f; /* 2^112 */
+        value.bits |= beyond | sign;
+        to[i] = value.number;
     }
-    uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13;
-    memcpy(&value, &bits, sizeof value);
-    return value;
 }
 
-static float row_scale(const struct billm_epilogue *e, size_t row) {
+static void row_scales(const struct billm_epilogue *e, size_t row, size_t rows, float *out) {
     if (e->scale_is_half)
-        return half_to_float(e->scale[2 * row] | (unsigned)e->scale[2 * row + 1] << 8);
-    float value;
-    memcpy(&value, e->scale + 4 * row, sizeof value);
-    return value;
-}
-
-static float row_bias(const struct billm_epilogue *e, size_t row) {
-    float value = 0.0f;
-    if (e->bias)
-        memcpy(&value, e->bias + 4 * row, sizeof value);
-    return value;
+        halves_to_floats(e->scale + 2 * row, rows, out);
+    else
+        memcpy(out, e->scale + 4 * row, rows * sizeof *out);
 }
 
 /* What the rows row .. row + rows make of their sums: `stride` floats from one token's to the next. */
@@ -210,10 +207,9 @@ static void finish(const struct billm_product *product, size_t row, size_t rows,
                    size_t tokens, float *out) {
     const struct billm_epilogue *e = &product->epilogue;
     float scale[MAX_ROWS], bias[MAX_ROWS];
-    for (size_t r = 0; r < rows; r++) {
-        scale[r] = row_scale(e, row + r);
-        bias[r] = row_bias(e, row + r);
-    }
+    row_scales(e, row, rows, scale);
+    if (e->bias)
+        memcpy(bias, e->bias + 4 * row, rows * sizeof *bias);
     for (size_t t = 0; t < tokens; t++, out += product->out_stride, acc += stride)
         for (size_t r = 0; r < rows; r++) {
             float value = e->bias ? acc[r] * scale[r] + bias[r] : acc[r] * scale[r];
@@ -225,11 +221,12 @@ static void gemv_task(void *context, size_t index) {
     const struct job *job = context;
     struct share share = share_of(job, index);
     const struct billm_weight *w = share.product->weight;
+    void (*const gemv)(const struct billm_weight *, const void *, int, const float *, size_t, size_t, float *) =
+        w->nibbles ? job->isa->int4_gemv : w->values ? job->isa->int8_gemv : job->isa->binary_gemv;
     for (size_t row = share.row; row < share.end; row += MAX_ROWS) {
         float acc[MAX_ROWS];
         size_t end = billm_min(row + MAX_ROWS, share.end);
-        (w->values ? job->isa->int8_gemv : job->isa->binary_gemv)(w, job->prepared[share.index], job->x->bits,
-                                                                  job->x->scales, row, end, acc);
+        gemv(w, job->prepared[share.index], job->x->bits, job->x->scales, row, end, acc);
         finish(share.product, row, end - row, acc, 0, 1, share.product->out);
     }
 }
@@ -250,12 +247,15 @@ static void gemm_task(void *context, size_t index) {
     const struct billm_isa *isa = job->isa;
     _Alignas(64) int16_t tile[BILLM_TILE_ROWS * BILLM_TILE_COLS];
     _Alignas(64) float acc[PANEL_TOKENS * BILLM_TILE_ROWS];
+    void (*const make_tile)(const struct billm_weight *, size_t, size_t, size_t, size_t, void *) =
+        w->nibbles ? isa->int4_tile : w->values ? isa->int8_tile : isa->binary_tile;
     size_t rows = share.end - share.row;
     memset(acc, 0, job->padded_tokens * isa->tile_rows * sizeof *acc);
     for (size_t col = 0; col < w->cols; col += BILLM_TILE_COLS) {
         size_t cols = billm_min(BILLM_TILE_COLS, w->cols - col);
-        (w->values ? isa->int8_tile : isa->binary_tile)(w, share.row, rows, col, cols, tile);
-        isa->multiply(tile, col, cols, w->block, job->panel, job->panel_stride, job->x->bits, job->panel_scales + col / w->block, w->blocks, job->padded_tokens, acc);
+        make_tile(w, share.row, rows, col, cols, tile);
+        isa->multiply(w, tile, col, cols, job->panel, job->panel_stride, job->x->bits,
+                      job->panel_scales + col / w->block, w->blocks, job->padded_tokens, acc);
     }
     finish(share.product, share.row, rows, acc, isa->tile_rows, job->tokens,
            share.product->out + job->first_token * share.product->out_stride);

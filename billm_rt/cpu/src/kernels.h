@@ -6,7 +6,7 @@
  *   acc           = 0; for b = 0, 1, ...: acc = acc + x_scale[t, b] * (float)isum     float32, two roundings a step
  *   out[t, r]     = acc * row_scale[r] (+ bias[r])
  *
- * |isum| <= 256 * 255 * 32639 < 2^31; its conversion to float32 rounds to nearest, halves to even. No fused multiply-add
+ * |isum| <= 256 * 255 * 32639 < 2^31, and 32 * 1024 * 32639 at 4 bits; its conversion to float32 rounds to nearest, halves to even. No fused multiply-add
  * and one fixed order: results do not depend on the instruction set, the number of threads, or how many tokens are
  * computed together.
  *
@@ -30,15 +30,17 @@ enum {
     BILLM_PACK_COLS = 64   /* a packed token has room for a whole number of so many columns */
 };
 
-/* A weight [rows, cols] in the file's layout: either the planes and scales, or `values`, is set. */
+/* A weight [rows, cols] in the file's layout: either the planes and scales, `values`, or `nibbles` and `steps` are set. */
 struct billm_weight {
     size_t rows, cols, block, blocks;
-    size_t stride;          /* bytes from one row to the next, of a plane or of `values` */
+    size_t stride;          /* bytes from one row to the next, of a plane, of `values` or of `nibbles` */
     const uint8_t *sign;    /* [rows, stride], bit j % 8 of byte j / 8; 1: + */
     const uint8_t *second;  /* [rows, stride]; salient column: residual sign, else group flag */
     const uint8_t *salient; /* [stride] */
     const uint8_t *scales;  /* [rows, blocks, 4]: alpha_c, alpha_s, alpha_o, alpha_r */
     const int8_t *values;   /* [rows, cols] */
+    const uint8_t *nibbles; /* [rows, 16 * blocks], the block being a unit: its columns i and 16 + i are byte i */
+    const int8_t *steps;    /* [blocks, rows]: level = (nibble - 8) * step */
 };
 
 /* Quantized activations of `count` tokens. */
@@ -86,6 +88,8 @@ struct billm_isa {
                         size_t row, size_t end, float *acc);
     void (*int8_gemv)(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
                       size_t row, size_t end, float *acc);
+    void (*int4_gemv)(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                      size_t row, size_t end, float *acc);
 
     /* Prompts: `rows` (1..tile_rows) rows of `cols` (1..BILLM_TILE_COLS) columns from `col` (a multiple of that) become
      * a tile (64-byte aligned, BILLM_TILE_ROWS * BILLM_TILE_COLS * 2 bytes), padded to a whole unit; what a tile and a
@@ -93,15 +97,16 @@ struct billm_isa {
     void (*binary_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                         void *tile);
     void (*int8_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols, void *tile);
+    void (*int4_tile)(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols, void *tile);
     /* Token number `token` of a panel (64-byte aligned) that has `stride` bytes for each, a multiple of BILLM_PACK_COLS
      * * packed_bytes; padded with zeros to a whole unit. Where a token lies in the panel is the instruction set's own
      * affair, but token_step tokens fill their room of it. */
     void (*pack)(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token);
 
-    /* acc[t][0..tile_rows) continues over the columns of the tile, which are those from `col` on of the panel, t <
-     * tokens (a multiple of token_step). Scales of tokens lie scale_stride floats apart. */
-    void (*multiply)(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
-                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc);
+    /* acc[t][0..tile_rows) continues over the columns of a tile of the weight, which are those from `col` on of the
+     * panel, t < tokens (a multiple of token_step). Scales of tokens lie scale_stride floats apart. */
+    void (*multiply)(const struct billm_weight *weight, const void *tile, size_t col, size_t cols, const void *panel,
+                     size_t stride, int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc);
 
     const struct billm_float_ops *floats; /* decoder.h */
 };
@@ -114,6 +119,8 @@ void billm_avx2_binary_tile(const struct billm_weight *weight, size_t row, size_
                             void *tile);
 void billm_avx2_int8_tile(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                           void *tile);
+void billm_avx2_int4_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols,
+                          void *tile);
 void billm_avx2_pack(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token);
 #endif
 #if defined(__x86_64__) || defined(BILLM_SIMDE)
@@ -124,7 +131,12 @@ size_t billm_avx512_prepared_bytes(const struct billm_weight *weight);
 void billm_avx512_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
 void billm_avx512_binary_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
                               size_t row, size_t end, float *acc);
+/* avx512_table.c */
+size_t billm_avx512_table_bytes(const struct billm_weight *weight);
+void billm_avx512_prepare_table(const struct billm_weight *weight, const int16_t *x, void *prepared);
 void billm_avx512_int8_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                            size_t row, size_t end, float *acc);
+void billm_avx512_int4_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
                             size_t row, size_t end, float *acc);
 #endif
 #if defined(__aarch64__)

@@ -88,6 +88,17 @@ static size_t blocks_of(size_t cols, size_t block) {
 
 enum { X, X_SCALE, OUT, ROW_SCALE, OPERANDS };
 
+/* The kernels' digits, and that sums fit into 32 bits, rest on the range of the activations. */
+static int check_range(const int16_t *x, size_t count, int bits) {
+    const int top = (int)billm_top(bits);
+    int outside = 0;
+    for (size_t i = 0; i < count; i++)
+        outside |= x[i] > top || x[i] < -top;
+    if (outside)
+        PyErr_Format(PyExc_ValueError, "x.values: wanted -%d to %d at %d bits, found others", top, top, bits);
+    return outside ? -1 : 0;
+}
+
 /* Check the activations and the output against the weight, and multiply. `views` is the caller's to release. */
 static PyObject *multiply(const struct billm_weight *weight, const struct billm_epilogue *epilogue, PyObject *x,
                           PyObject *x_scale, int bits, PyObject *out, Py_buffer *views) {
@@ -104,6 +115,8 @@ static PyObject *multiply(const struct billm_weight *weight, const struct billm_
         PyErr_SetString(PyExc_ValueError, "x.values, x.scales, out: wanted aligned memory");
         return NULL;
     }
+    if (check_range(views[X].buf, (size_t)x_shape[0] * weight->cols, bits))
+        return NULL;
     struct billm_tokens tokens = {views[X].buf, views[X_SCALE].buf, (size_t)x_shape[0], bits};
     struct billm_product product = {weight, *epilogue, views[OUT].buf, weight->rows, 0};
     int failed;
@@ -257,6 +270,37 @@ static PyObject *int8_linear(PyObject *module, PyObject *args) {
     return result;
 }
 
+static PyObject *int4_linear(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *objects[3], *x, *x_scale, *out;
+    Py_ssize_t cols;
+    int bits;
+    if (!PyArg_ParseTuple(args, "OOOnOOiO:int4_linear", &objects[0], &objects[1], &objects[2], &cols, &x, &x_scale,
+                          &bits, &out) ||
+        billm_check_size("cols", cols))
+        return NULL;
+    Py_buffer tensors[3] = {0}, views[OPERANDS] = {0};
+    struct billm_weight w = {.cols = (size_t)cols, .block = BILLM_UNIT};
+    w.blocks = blocks_of(w.cols, w.block);
+    w.stride = 16 * w.blocks;
+    Py_ssize_t shape[2] = {-1, (Py_ssize_t)w.stride}, steps[2] = {(Py_ssize_t)w.blocks, -1};
+    PyObject *result = NULL;
+    if (!billm_take(objects[0], "weight", "B", 2, shape, 0, &tensors[0]) && !billm_check_size("rows", shape[0])) {
+        steps[1] = shape[0];
+        if (!billm_take(objects[1], "step", "b", 2, steps, 0, &tensors[1]) &&
+            !billm_take(objects[2], "scale", "ef", 1, shape, 0, &tensors[2])) {
+            w.rows = (size_t)shape[0];
+            w.nibbles = tensors[0].buf;
+            w.steps = tensors[1].buf;
+            struct billm_epilogue epilogue = {tensors[2].buf, tensors[2].itemsize == 2, NULL};
+            result = multiply(&w, &epilogue, x, x_scale, bits, out, views);
+        }
+    }
+    billm_release(views, OPERANDS);
+    billm_release(tensors, 3);
+    return result;
+}
+
 static PyObject *quantize_checked(PyObject *const objects[4], Py_ssize_t block, int bits, Py_buffer *views) {
     Py_ssize_t shape[2] = {-1, -1};
     if (billm_take(objects[0], "x", "f", 2, shape, 0, &views[0]) || billm_check_size("cols", shape[1]))
@@ -338,6 +382,7 @@ static PyObject *threads(PyObject *module, PyObject *unused) {
 
 static PyMethodDef methods[] = {
     {"int8_linear", int8_linear, METH_VARARGS, "int8_linear(weight, scale, values, x_scales, block, bits, out)"},
+    {"int4_linear", int4_linear, METH_VARARGS, "int4_linear(weight, step, scale, cols, values, x_scales, bits, out)"},
     {"quantize", quantize, METH_VARARGS, "quantize(x, col_scale or None, block, bits, values, scales)"},
     {"isa", isa, METH_NOARGS, "Return the name of the instruction set in use."},
     {"supported_isas", supported_isas, METH_NOARGS, "Return the names of those this machine can run, best first."},

@@ -186,11 +186,11 @@ static int8x16_t load_start(const int8_t *from, size_t count) {
 }
 
 /* The low digits, padded with zeros to whole vectors, then the high ones. */
-static void prepare_int8(const struct billm_weight *w, const int16_t *x, int8_t *out) {
-    const size_t padded = billm_round_up(w->cols, 16);
+static void prepare_table(const int16_t *x, size_t cols, size_t padded, int8_t *out) {
     for (size_t j = 0; j < padded; j += 16) {
         int16_t values[16] = {0};
-        memcpy(values, x + j, billm_min(16, w->cols - j) * sizeof *x);
+        if (j < cols)
+            memcpy(values, x + j, billm_min(16, cols - j) * sizeof *x);
         vst1q_s8(out + j, low_digit(values));
         vst1q_s8(out + padded + j, high_digit(values));
     }
@@ -230,20 +230,73 @@ static void int8_gemv(const struct billm_weight *w, const void *prepared, int bi
     }
 }
 
+/* The codes of a unit, less their offset: of its first sixteen columns, of the others. */
+static inline int8x16x2_t codes_of(const uint8_t *from) {
+    const uint8x16_t bytes = vld1q_u8(from);
+    const int8x16_t offset = vdupq_n_s8(8);
+    return (int8x16x2_t){{vsubq_s8(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), offset),
+                          vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4)), offset)}};
+}
+
+/* sum(code * x) of a unit, spread over the lanes. */
+static inline int32x4_t code_sums(const uint8_t *from, const int8_t *low, const int8_t *high, int bits) {
+    const int8x16x2_t codes = codes_of(from);
+    int32x4_t sum = vdotq_s32(vdupq_n_s32(0), codes.val[0], vld1q_s8(low)), high_sum = vdupq_n_s32(0);
+    sum = vdotq_s32(sum, codes.val[1], vld1q_s8(low + 16));
+    if (bits != 8) {
+        high_sum = vdotq_s32(high_sum, codes.val[0], vld1q_s8(high));
+        high_sum = vdotq_s32(high_sum, codes.val[1], vld1q_s8(high + 16));
+    }
+    return vaddq_s32(sum, vshlq_n_s32(high_sum, 8));
+}
+
+/* The steps of `rows` (at most 4) rows of a block. */
+static inline int32x4_t steps_of(const struct billm_weight *w, size_t block, size_t row, size_t rows) {
+    int32_t steps[4] = {0};
+    for (size_t r = 0; r < rows; r++)
+        steps[r] = w->steps[block * w->rows + row + r];
+    return vld1q_s32(steps);
+}
+
+static void int4_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                      size_t end, float *acc) {
+    const int8_t *low = prepared, *high = low + w->blocks * BILLM_UNIT;
+    for (size_t rows; row < end; row += rows) {
+        float32x4_t total = vdupq_n_f32(0.0f);
+        rows = billm_min(4, end - row);
+        for (size_t b = 0; b < w->blocks; b++) {
+            int32x4_t sums[4];
+            for (size_t r = 0; r < 4; r++)
+                sums[r] = code_sums(w->nibbles + (row + billm_min(r, rows - 1)) * w->stride + 16 * b,
+                                    low + BILLM_UNIT * b, high + BILLM_UNIT * b, bits);
+            int32x4_t sum = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
+            total = step(total, x_scale[b], vmulq_s32(sum, steps_of(w, b, row, rows)));
+        }
+        float result[4];
+        vst1q_f32(result, total);
+        memcpy(acc, result, rows * sizeof *acc);
+        acc += rows;
+    }
+}
+
+static size_t padded_cols(const struct billm_weight *w) {
+    return billm_round_up(w->cols, w->nibbles ? BILLM_UNIT : 16);
+}
+
 static size_t prepared_bytes(const struct billm_weight *w) {
-    return w->values ? 2 * billm_round_up(w->cols, 16) : 2 * slabs_of(w) * sizeof(struct slab);
+    return w->sign ? 2 * slabs_of(w) * sizeof(struct slab) : 2 * padded_cols(w);
 }
 
 static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
-    if (w->values)
-        prepare_int8(w, x, prepared);
-    else
+    if (w->sign)
         prepare_binary(w, x, prepared);
+    else
+        prepare_table(x, w->cols, padded_cols(w), prepared);
 }
 
 /* ---- prompts: a tile is int8 [cols / 4][high, low][8 rows][4], a packed token int8 [cols / 16][low, high][16] ---- */
 
-enum { TOKEN_STEP = 4, TILE_ROWS = 8, QUAD_BYTES = 2 * TILE_ROWS * 4 };
+enum { TOKEN_STEP = 4, TILE_ROWS = 8, QUAD_BYTES = 2 * TILE_ROWS * 4, STEPS_AT = BILLM_TILE_COLS / 4 * QUAD_BYTES };
 
 static inline uint32x4_t load_rows(const uint8_t *from, size_t stride, size_t rows) {
     uint32_t words[4];
@@ -317,6 +370,33 @@ static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, siz
     }
 }
 
+/* Codes take the place of the low part; behind the tile lie the steps, int32 [blocks][8 rows]. */
+static void int4_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    int32_t *steps = (void *)((int8_t *)tile + STEPS_AT);
+    for (size_t half = 0; half < 2; half++) {
+        const size_t first = row + billm_min(4 * half, rows - 1), count = rows > 4 * half ? billm_min(4, rows - 4 * half) : 1;
+        int8_t *out = (int8_t *)tile + 16 * half;
+        for (size_t j = 0; j < cols; j += BILLM_UNIT, out += 8 * QUAD_BYTES) {
+            int32x4_t codes[2][4];
+            for (size_t r = 0; r < 4; r++) {
+                const size_t at = (first + billm_min(r, count - 1)) * w->stride + (col + j) / 2;
+                int8x16x2_t row_codes = codes_of(w->nibbles + at);
+                codes[0][r] = vreinterpretq_s32_s8(row_codes.val[0]);
+                codes[1][r] = vreinterpretq_s32_s8(row_codes.val[1]);
+            }
+            for (size_t i = 0; i < 2; i++) {
+                transpose4(codes[i]);
+                for (size_t q = 0; q < 4; q++) {
+                    vst1q_s8(out + (4 * i + q) * QUAD_BYTES, vdupq_n_s8(0));
+                    vst1q_s8(out + (4 * i + q) * QUAD_BYTES + TILE_ROWS * 4, vreinterpretq_s8_s32(codes[i][q]));
+                }
+            }
+            vst1q_s32(steps + j / BILLM_UNIT * TILE_ROWS + 4 * half,
+                      steps_of(w, (col + j) / BILLM_UNIT, first, count));
+        }
+    }
+}
+
 static void pack(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token) {
     void *packed = (uint8_t *)panel + token * stride;
     int8_t *out = packed;
@@ -363,8 +443,10 @@ static void multiply_block(const int8_t *tile, size_t cols, const int8_t *x, siz
     }
 }
 
-static void multiply(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
-                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const struct billm_weight *w, const void *tile, size_t col, size_t cols, const void *panel,
+                     size_t stride, int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+    const size_t block = w->block;
+    const int32_t *steps = (const void *)((const int8_t *)tile + STEPS_AT);
     const uint8_t *x = (const uint8_t *)panel + col * sizeof(int16_t);
     for (size_t t = 0; t < tokens; t += TOKEN_STEP, acc += TOKEN_STEP * TILE_ROWS) {
         for (size_t b = 0, at = 0; at < cols; b++, at += block) {
@@ -379,6 +461,8 @@ static void multiply(const void *tile, size_t col, size_t cols, size_t block, co
                 float scale = x_scale[(t + i) * scale_stride + b], *to = acc + i * TILE_ROWS;
                 for (size_t half = 0; half < 2; half++) {
                     int32x4_t sum = vaddq_s32(low[i][half], vshlq_n_s32(high[i][half], 8));
+                    if (w->nibbles)
+                        sum = vmulq_s32(sum, vld1q_s32(steps + b * TILE_ROWS + 4 * half));
                     vst1q_f32(to + 4 * half, step(vld1q_f32(to + 4 * half), scale, sum));
                 }
             }
@@ -396,8 +480,10 @@ const struct billm_isa billm_neon = {
     .prepare = prepare,
     .binary_gemv = binary_gemv,
     .int8_gemv = int8_gemv,
+    .int4_gemv = int4_gemv,
     .binary_tile = binary_tile,
     .int8_tile = int8_tile,
+    .int4_tile = int4_tile,
     .pack = pack,
     .multiply = multiply,
     .floats = &billm_float_neon,

@@ -67,6 +67,34 @@ static void int8_gemv(const struct billm_weight *w, const void *prepared, int bi
     }
 }
 
+/* Write the levels of the unit that begins with column col. */
+static void decode_nibbles(const struct billm_weight *w, size_t row, size_t col, int16_t out[BILLM_UNIT]) {
+    const uint8_t *nibbles = w->nibbles + row * w->stride + col / 2;
+    const int step = w->steps[col / BILLM_UNIT * w->rows + row];
+    for (size_t i = 0; i < BILLM_UNIT / 2; i++) {
+        out[i] = (int16_t)(((nibbles[i] & 15) - 8) * step);
+        out[BILLM_UNIT / 2 + i] = (int16_t)(((nibbles[i] >> 4) - 8) * step);
+    }
+}
+
+static void int4_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
+                      size_t end, float *acc) {
+    const int16_t *x = prepared;
+    (void)bits;
+    for (; row < end; row++) {
+        float total = 0.0f;
+        for (size_t b = 0, col = 0; col < w->cols; b++, col += BILLM_UNIT) {
+            int16_t level[BILLM_UNIT];
+            int32_t sum = 0;
+            decode_nibbles(w, row, col, level);
+            for (size_t j = 0; j < billm_min(BILLM_UNIT, w->cols - col); j++)
+                sum += level[j] * x[col + j];
+            total += x_scale[b] * (float)sum;
+        }
+        *acc++ = total;
+    }
+}
+
 /* A tile is int16 [TILE_ROWS][BILLM_TILE_COLS], a packed token int16 [cols]. */
 enum { TILE_ROWS = 4 };
 
@@ -86,14 +114,22 @@ static void int8_tile(const struct billm_weight *w, size_t row, size_t rows, siz
             out[r * BILLM_TILE_COLS + j] = w->values[(row + r) * w->stride + col + j];
 }
 
+static void int4_tile(const struct billm_weight *w, size_t row, size_t rows, size_t col, size_t cols, void *tile) {
+    int16_t *out = tile;
+    memset(out, 0, TILE_ROWS * BILLM_TILE_COLS * sizeof *out);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < cols; j += BILLM_UNIT)
+            decode_nibbles(w, row + r, col + j, out + r * BILLM_TILE_COLS + j);
+}
+
 static void pack(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token) {
     void *packed = (uint8_t *)panel + token * stride;
     memset(packed, 0, billm_round_up(cols, BILLM_UNIT) * sizeof *x);
     memcpy(packed, x, cols * sizeof *x);
 }
 
-static void multiply(const void *tile, size_t col, size_t cols, size_t block, const void *panel, size_t stride,
-                     int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
+static void multiply(const struct billm_weight *w, const void *tile, size_t col, size_t cols, const void *panel,
+                     size_t stride, int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
     const uint8_t *x = (const uint8_t *)panel + col * sizeof(int16_t);
     (void)bits;
     for (size_t t = 0; t < tokens; t++, acc += TILE_ROWS) {
@@ -101,8 +137,8 @@ static void multiply(const void *tile, size_t col, size_t cols, size_t block, co
         for (size_t r = 0; r < TILE_ROWS; r++) {
             const int16_t *level = (const int16_t *)tile + r * BILLM_TILE_COLS;
             const float *scale = x_scale + t * scale_stride;
-            for (size_t at = 0; at < cols; at += block) {
-                size_t stop = billm_min(at + block, cols);
+            for (size_t at = 0; at < cols; at += w->block) {
+                size_t stop = billm_min(at + w->block, cols);
                 int32_t sum = 0;
                 for (size_t j = at; j < stop; j++)
                     sum += level[j] * activation[j];
@@ -122,8 +158,10 @@ const struct billm_isa billm_portable = {
     .prepare = prepare,
     .binary_gemv = binary_gemv,
     .int8_gemv = int8_gemv,
+    .int4_gemv = int4_gemv,
     .binary_tile = binary_tile,
     .int8_tile = int8_tile,
+    .int4_tile = int4_tile,
     .pack = pack,
     .multiply = multiply,
     .floats = &billm_float_portable,

@@ -36,7 +36,16 @@ static inline simde__m512i billm_maskz_loadu_epi8(simde__mmask64 mask, const voi
             bytes[i] = ((const int8_t *)from)[i];
     return simde_mm512_loadu_si512(bytes);
 }
+static inline simde__m512i billm_cvtepi8_epi32(__m128i bytes) {
+    int8_t from[16];
+    int32_t to[16];
+    memcpy(from, &bytes, sizeof from);
+    for (int i = 0; i < 16; i++)
+        to[i] = from[i];
+    return simde_mm512_loadu_si512(to);
+}
 /* Missing in SIMDe 0.7. */
+#define _mm512_cvtepi8_epi32 billm_cvtepi8_epi32
 #define _mm512_cvtepi32_ps billm_cvtepi32_ps
 #define _mm512_maskz_loadu_epi8 billm_maskz_loadu_epi8
 #else

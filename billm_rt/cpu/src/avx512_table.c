@@ -1,0 +1,191 @@
+/* AVX-512 with VNNI, decoding: rows of 8 and of 4 bits, that is, heads. */
+#include "x86.h"
+
+/* ---- 8 bits: pairs of int16, eight rows side by side; prepared are the activations and zeros ---- */
+
+enum { INT8_ROWS = 8, INT8_COLS = 32 };
+
+/* Lane i is the sum of the lanes of r[i]. */
+static inline __m256i sum_lanes(const __m512i r[INT8_ROWS]) {
+    __m512i pair[4], quad[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        pair[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]),
+                                   _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        quad[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]),
+                                   _mm512_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]));
+    __m512i half = _mm512_add_epi32(_mm512_shuffle_i32x4(quad[0], quad[1], 0x88),
+                                    _mm512_shuffle_i32x4(quad[0], quad[1], 0xdd));
+    __m256i low = _mm512_castsi512_si256(half), high = _mm512_extracti64x4_epi64(half, 1);
+    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+/* Add 32 columns of eight rows; `count` of them are there, `whole` says whether that is all. */
+BILLM_INLINE void add_columns(const int8_t *const from[INT8_ROWS], size_t col, const int whole, size_t count,
+                              const int16_t *x, __m512i sums[INT8_ROWS]) {
+    const __m512i values = _mm512_loadu_si512(x + col);
+    int8_t short_row[INT8_COLS] = {0};
+#pragma GCC unroll 8
+    for (size_t r = 0; r < INT8_ROWS; r++) {
+        if (!whole)
+            memcpy(short_row, from[r] + col, count);
+        const __m256i weight = _mm256_loadu_si256((const void *)(whole ? from[r] + col : short_row));
+        sums[r] = _mm512_dpwssd_epi32(sums[r], _mm512_cvtepi8_epi16(weight), values);
+    }
+}
+
+void billm_avx512_int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+                            size_t row, size_t end, float *acc) {
+    (void)bits; /* pairs of int16 serve both */
+    for (size_t rows; row < end; row += rows) {
+        const int8_t *from[INT8_ROWS];
+        __m256 total = _mm256_setzero_ps();
+        rows = billm_min(INT8_ROWS, end - row);
+        for (size_t r = 0; r < INT8_ROWS; r++)
+            from[r] = w->values + (row + billm_min(r, rows - 1)) * w->stride;
+        for (size_t block = 0, col = 0; block < w->blocks; block++) {
+            const size_t stop = billm_min(col + w->block, w->cols);
+            __m512i sums[INT8_ROWS];
+#pragma GCC unroll 8
+            for (size_t r = 0; r < INT8_ROWS; r++)
+                sums[r] = _mm512_setzero_si512();
+            for (; col + INT8_COLS <= stop; col += INT8_COLS)
+                add_columns(from, col, 1, INT8_COLS, prepared, sums);
+            if (col < stop)
+                add_columns(from, col, 0, stop - col, prepared, sums);
+            col = stop;
+            total = billm_step(total, x_scale[block], sum_lanes(sums));
+        }
+        float result[INT8_ROWS];
+        _mm256_storeu_ps(result, total);
+        memcpy(acc, result, rows * sizeof *acc);
+        acc += rows;
+    }
+}
+
+/* ---- 4 bits: sixteen rows, in slabs of four units ----
+ *
+ * The 64 bytes of a row's slab are one vector; its low and its high nibbles meet activations of their own, so that a
+ * 128-bit lane sums a unit. vpdpbusd takes the codes as they are; their offset is taken off the sum of a unit. */
+enum { INT4_ROWS = 16, SLAB_UNITS = 4, SLAB_COLS = SLAB_UNITS * BILLM_UNIT, SLAB_BYTES = SLAB_COLS / 2 };
+
+struct slab {
+    int8_t low[2][SLAB_BYTES], high[2][SLAB_BYTES]; /* digits: of the columns in low nibbles, of those in high ones */
+    int32_t offset[SLAB_UNITS];                     /* of each unit: 8 * sum(x) */
+    uint8_t unused[48];                             /* a whole number of cache lines */
+};
+
+static void prepare_int4(const struct billm_weight *w, const int16_t *x, struct slab *slab) {
+    memset(slab, 0, billm_avx512_table_bytes(w));
+    for (size_t j = 0; j < w->cols; j++) {
+        struct slab *to = slab + j / SLAB_COLS;
+        const size_t unit = j % SLAB_COLS / BILLM_UNIT, half = j % BILLM_UNIT / 16, place = 16 * unit + j % 16;
+        to->low[half][place] = (int8_t)(x[j] & 0xff);
+        to->high[half][place] = (int8_t)((x[j] + 128) >> 8);
+        to->offset[unit] += 8 * x[j];
+    }
+}
+
+/* sum(code * x) of each lane's four columns. */
+BILLM_INLINE __m512i code_sums(__m512i bytes, const struct slab *x, int bits) {
+    const __m512i low_half = _mm512_set1_epi8(15);
+    const __m512i first = _mm512_and_si512(bytes, low_half);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_half);
+    __m512i low = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, _mm512_load_si512(x->low[0]));
+    low = _mm512_dpbusd_epi32(low, last, _mm512_load_si512(x->low[1]));
+    if (bits == 8)
+        return low;
+    __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, _mm512_load_si512(x->high[0]));
+    high = _mm512_dpbusd_epi32(high, last, _mm512_load_si512(x->high[1]));
+    return _mm512_add_epi32(low, _mm512_slli_epi32(high, 8));
+}
+
+/* Lane r of quarter u is the sum of quarter u of r[r]. */
+BILLM_INLINE __m512i sum_quarters(const __m512i r[4]) {
+    __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[0], r[1]));
+    __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(r[2], r[3]), _mm512_unpackhi_epi32(r[2], r[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+/* Quarter j of r[i] -> quarter i of r[j]. */
+BILLM_INLINE void transpose_quarters(__m512i r[4]) {
+    __m512i a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
+    __m512i c = _mm512_shuffle_i32x4(r[2], r[3], 0x44), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+    r[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+    r[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    r[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+    r[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+
+/* sums[u], lane r: sum(code * x) of unit u of row r; a short group repeats its last row, a short slab is masked. */
+BILLM_INLINE void slab_sums(const uint8_t *from, size_t stride, size_t count, __mmask64 mask, const struct slab *x,
+                            int bits, __m512i sums[4]) {
+#pragma GCC unroll 4
+    for (size_t quad = 0; quad < 4; quad++) {
+        __m512i rows[4];
+#pragma GCC unroll 4
+        for (size_t i = 0; i < 4; i++) {
+            const size_t row = count == INT4_ROWS ? 4 * quad + i : billm_min(4 * quad + i, count - 1);
+            const void *at = from + row * stride;
+            rows[i] = code_sums(~mask ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_loadu_si512(at), x, bits);
+        }
+        sums[quad] = sum_quarters(rows);
+    }
+    transpose_quarters(sums);
+}
+
+BILLM_INLINE void int4_gemv(const struct billm_weight *w, const struct slab *x, int bits, const float *x_scale,
+                            size_t row, size_t end, float *acc) {
+    for (size_t count; row < end; row += count, acc += count) {
+        const uint8_t *from = w->nibbles + row * w->stride;
+        __m512 total = _mm512_setzero_ps();
+        count = billm_min(INT4_ROWS, end - row);
+        for (size_t block = 0; block < w->blocks; block += SLAB_UNITS, from += SLAB_BYTES) {
+            const struct slab *slab = x + block / SLAB_UNITS;
+            const size_t units = billm_min(SLAB_UNITS, w->blocks - block);
+            __m512i sums[4];
+            if (count == INT4_ROWS && units == SLAB_UNITS)
+                slab_sums(from, w->stride, INT4_ROWS, ~(__mmask64)0, slab, bits, sums);
+            else
+                slab_sums(from, w->stride, count, ~(__mmask64)0 >> (SLAB_BYTES - 16 * units), slab, bits, sums);
+            for (size_t u = 0; u < units; u++) {
+                int8_t steps[INT4_ROWS] = {0};
+                memcpy(steps, w->steps + (block + u) * w->rows + row, count);
+                __m512i step = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)steps));
+                __m512i sum = _mm512_mullo_epi32(_mm512_sub_epi32(sums[u], _mm512_set1_epi32(slab->offset[u])), step);
+                __m512 product = _mm512_mul_ps(_mm512_set1_ps(x_scale[block + u]), _mm512_cvtepi32_ps(sum));
+                total = _mm512_add_ps(total, product);
+            }
+        }
+        float result[INT4_ROWS];
+        _mm512_storeu_ps(result, total);
+        memcpy(acc, result, count * sizeof *acc);
+    }
+}
+
+void billm_avx512_int4_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+                            size_t row, size_t end, float *acc) {
+    if (bits == 8)
+        int4_gemv(w, prepared, 8, x_scale, row, end, acc);
+    else
+        int4_gemv(w, prepared, 16, x_scale, row, end, acc);
+}
+
+/* ---- activations ---- */
+
+size_t billm_avx512_table_bytes(const struct billm_weight *w) {
+    if (w->nibbles)
+        return (w->blocks + SLAB_UNITS - 1) / SLAB_UNITS * sizeof(struct slab);
+    return billm_round_up(w->cols, INT8_COLS) * sizeof(int16_t);
+}
+
+void billm_avx512_prepare_table(const struct billm_weight *w, const int16_t *x, void *prepared) {
+    if (w->nibbles) {
+        prepare_int4(w, x, prepared);
+        return;
+    }
+    memcpy(prepared, x, w->cols * sizeof *x);
+    memset((int16_t *)prepared + w->cols, 0, (billm_round_up(w->cols, INT8_COLS) - w->cols) * sizeof *x);
+}
