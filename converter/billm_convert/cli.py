@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -154,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Read when torch is imported: waiting threads should sleep. Spinning takes a third more CPU time on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # It tells of the font cache that it makes when it first draws.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from billm_convert import convert
     from billm_convert.report import Display, print_result
 

@@ -24,7 +24,8 @@ def write_page(folder: Path, material: Material) -> None:
     sections = make_sections(material)
     files = {f"{picture.name}.png": picture.png for section in sections for picture in section.pictures}
     files[_PAGE] = render(material, sections).encode()
-    unfinished, old = (folder.with_name(f"{folder.name}.{end}") for end in ("tmp", "old"))
+    # Names that nobody gives a folder of their own: what a killed run has left under them is deleted.
+    unfinished, old = (folder.with_name(f".{folder.name}.{end}") for end in ("unfinished", "replaced"))
     try:
         for leftover in (unfinished, old):
             _remove(leftover)

@@ -264,6 +264,8 @@ def test_what_is_in_the_way_is_refused_before_any_work(tmp_path: Path, seed: int
     refused(r"not a report's \(sizes\.png\)", force=True)
     (page / "sizes.png").rmdir()
     (page / "distributions-77.png").write_text("of an older report")
+    (tmp_path / ".page.unfinished").mkdir()  # of a run that was killed
+    (tmp_path / ".page.unfinished" / "sizes.png").write_text("half of it")
     convert(folder, out, dataclasses.replace(settings, report=page, force=True))
     assert pictures(page) == ALWAYS | SEARCHES
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "out.billm", "page", "text.txt"]
