@@ -57,7 +57,8 @@ def parameter_count(file: BillmFile) -> int:
     linears = file.config.num_hidden_layers * sum(rows * cols for rows, cols, _ in shapes.values())
     counted = ("embedding", "head", "other")
     rest = [info for info in file.tensors.values() if info.kind in counted and info.name.endswith((".weight", ".bias"))]
-    return linears + sum(prod(info.shape) for info in rest)
+    table = file.config.vocab_size * file.config.embedding_size  # of 4 bits: the only one whose shape is not its own
+    return linears + sum(table if info.dtype == "U8" else prod(info.shape) for info in rest)
 
 
 def linear_row(file: BillmFile, name: str, error: float | None) -> dict[str, Any]:

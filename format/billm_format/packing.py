@@ -49,7 +49,7 @@ def pack_nibbles(codes: Bytes) -> Bytes:
     padded = np.zeros((rows, 2 * table_bytes(cols)), np.uint8)
     padded[:, :cols] = codes
     groups = padded.reshape(rows, -1, 2, GROUP // 2)
-    packed: Bytes = groups[:, :, 0] | groups[:, :, 1] << np.uint8(4)
+    packed: Bytes = (groups[:, :, 0] | groups[:, :, 1] << 4).astype(np.uint8)
     return packed.reshape(rows, -1)
 
 
@@ -57,7 +57,7 @@ def unpack_nibbles(packed: Bytes, cols: int) -> Bytes:
     """Unpack uint8 [rows, table_bytes(cols)] into codes 0..15 [rows, cols]."""
     rows = packed.shape[0]
     groups = packed.reshape(rows, -1, 1, GROUP // 2)
-    codes = np.concatenate([groups & 15, groups >> 4], axis=2)
+    codes = np.concatenate([groups & 15, groups >> 4], axis=2, dtype=np.uint8)
     return np.ascontiguousarray(codes.reshape(rows, -1)[:, :cols])
 
 

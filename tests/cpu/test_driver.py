@@ -64,6 +64,17 @@ def test_avx512_over_emulated_intrinsics(tmp_path: Path, seed: int) -> None:
 
 
 @on_x86
+def test_avx_vnni_at_the_edge_of_memory(tmp_path: Path, seed: int) -> None:
+    """Not emulated anywhere: needs the processor."""
+    need_simde()
+    if "avx_vnni" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs a processor with AVX-VNNI")
+    flags = ("-O1", "-DBILLM_SIMDE", "-DBILLM_AVXVNNI", "-mavx2", "-mavxvnni")
+    program = build("gcc", tmp_path / "driver", "driver.c", (*X86, "avxvnni"), *flags)
+    run(program, seed, 1000, "avx-vnni", "avx2")
+
+
+@on_x86
 def test_amx_at_the_edge_of_memory(tmp_path: Path, seed: int) -> None:
     """Not emulated anywhere: needs the processor."""
     need("gcc")

@@ -1,7 +1,7 @@
-/* AVX2: sums of bytes through maddubs (unsigned times signed, pairs summed in int16). */
+/* AVX2: what takes two instructions for a sum of products, maddubs or madd and an addition. */
 #include "x86.h"
 
-static void quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+void billm_avx2_quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
                      float *scales) {
     billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
@@ -35,108 +35,37 @@ static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm
     return _mm256_sub_epi32(sum, _mm256_madd_epi16(m1m3, _mm256_load_si256((const void *)x->sums)));
 }
 
-static void binary_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
-                        size_t end, float *acc) {
+static inline __m256i dot(__m256i sum, __m256i a, __m256i b) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+
+#include "decode256.h"
+
+void billm_avx2_binary_gemv_small(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+                                  size_t row, size_t end, float *acc) {
     if (bits == 8)
         billm_gemv(w, prepared, 8, x_scale, row, end, acc, unit_sums);
     else
         billm_gemv(w, prepared, 16, x_scale, row, end, acc, unit_sums);
 }
 
-/* ---- decoding, int8 rows: both sides widened to int16, which madd_epi16 multiplies and sums exactly ---- */
-
-static inline __m256i widen(const int8_t *from) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
-}
-
-/* The last columns, fewer than 16. */
-static __m256i widen_start(const int8_t *from, size_t count) {
-    int8_t values[16] = {0};
-    memcpy(values, from, count);
-    return widen(values);
-}
-
-/* `x` is padded with zeros to a whole vector. */
-static void int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
-                      size_t end, float *acc) {
-    const int16_t *x = prepared;
-    const size_t whole = w->cols / 16 * 16, rest = w->cols - whole;
-    (void)bits;
-    for (; row < end; row += 8) {
-        size_t rows = billm_min(8, end - row);
-        __m256 total = _mm256_setzero_ps();
-        for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
-            size_t stop = billm_min(col + w->block, whole);
-            __m256i sums[8];
-            for (size_t r = 0; r < 8; r++) {
-                const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
-                __m256i sum = _mm256_setzero_si256();
-                for (size_t j = col; j < stop; j += 16)
-                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(widen(values + j), _mm256_load_si256((const void *)(x + j))));
-                if (rest && b + 1 == w->blocks)
-                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(widen_start(values + whole, rest),
-                                                                  _mm256_load_si256((const void *)(x + whole))));
-                sums[r] = sum;
-            }
-            total = billm_step(total, x_scale[b], billm_sum8(sums));
-        }
-        float result[8];
-        _mm256_storeu_ps(result, total);
-        memcpy(acc, result, rows * sizeof *acc);
-        acc += rows;
-    }
-}
-
-/* ---- decoding, 4-bit rows: as 8-bit ones; the offset of the codes is taken off the sum of a block ---- */
-
-/* sum(code * x) of a unit, spread over the lanes. */
-static inline __m256i nibble_sums(const uint8_t *from, const int16_t *x) {
-    const __m128i bytes = _mm_loadu_si128((const void *)from), low_half = _mm_set1_epi8(15);
-    __m256i first = _mm256_cvtepu8_epi16(_mm_and_si128(bytes, low_half));
-    __m256i last = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_half));
-    return _mm256_add_epi32(_mm256_madd_epi16(first, _mm256_load_si256((const void *)x)),
-                            _mm256_madd_epi16(last, _mm256_load_si256((const void *)(x + 16))));
-}
-
-/* `prepared` holds the activations, padded with zeros to a whole unit, and for each block eight times their sum. */
-static void int4_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
-                      size_t end, float *acc) {
-    const int16_t *x = prepared;
-    const int32_t *offset = (const void *)(x + w->blocks * BILLM_UNIT);
-    (void)bits;
-    for (size_t rows; row < end; row += rows) {
-        __m256 total = _mm256_setzero_ps();
-        rows = billm_min(8, end - row);
-        for (size_t b = 0; b < w->blocks; b++) {
-            __m256i sums[8];
-            int8_t steps[8] = {0};
-            for (size_t r = 0; r < 8; r++)
-                sums[r] = nibble_sums(w->nibbles + (row + billm_min(r, rows - 1)) * w->stride + 16 * b,
-                                      x + BILLM_UNIT * b);
-            memcpy(steps, w->steps + b * w->rows + row, rows);
-            __m256i sum = _mm256_sub_epi32(billm_sum8(sums), _mm256_set1_epi32(offset[b]));
-            __m256i step = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)steps));
-            total = billm_step(total, x_scale[b], _mm256_mullo_epi32(sum, step));
-        }
-        float result[8];
-        _mm256_storeu_ps(result, total);
-        memcpy(acc, result, rows * sizeof *acc);
-        acc += rows;
-    }
-}
-
-static size_t prepared_bytes(const struct billm_weight *w) {
+size_t billm_avx2_prepared_bytes(const struct billm_weight *w) {
     if (w->nibbles)
         return w->blocks * (BILLM_UNIT * sizeof(int16_t) + sizeof(int32_t));
-    return w->values ? billm_round_up(w->cols, 16) * sizeof(int16_t) : 2 * billm_slabs(w) * sizeof(struct billm_slab);
+    if (w->values)
+        return billm_round_up(w->cols, 16) * sizeof(int16_t);
+    return w->block < WORD_COLS ? 2 * billm_slabs(w) * sizeof(struct billm_slab) : word_slabs(w) * sizeof(struct words);
 }
 
-static void prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
+void billm_avx2_prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
     if (w->sign) {
-        billm_prepare_binary(w, x, prepared);
+        if (w->block < WORD_COLS)
+            billm_prepare_binary(w, x, prepared);
+        else
+            prepare_words(w, x, prepared);
         return;
     }
-    memset(prepared, 0, prepared_bytes(w));
+    memset(prepared, 0, billm_avx2_prepared_bytes(w));
     memcpy(prepared, x, w->cols * sizeof *x);
     int32_t *offset = (void *)((int16_t *)prepared + w->blocks * BILLM_UNIT);
     for (size_t j = 0; w->nibbles && j < w->cols; j++)
@@ -145,7 +74,7 @@ static void prepare(const struct billm_weight *w, const int16_t *x, void *prepar
 
 /* ---- tiles: int16 [cols / 2][16 rows][2]: a 32-bit lane is a row, madd_epi16 sums a pair of columns ---- */
 
-enum { TILE_ROWS = 16, TOKEN_STEP = 4 };
+enum { TILE_ROWS = BILLM_AVX2_TILE_ROWS, TOKEN_STEP = BILLM_AVX2_TOKEN_STEP };
 
 /* Offsets of eight rows from the first; a short group repeats its last row. */
 static __m256i row_offsets(size_t rows, size_t stride) {
@@ -291,7 +220,7 @@ static void multiply_block(const __m256i *level, size_t pairs, const int16_t *co
     memcpy(sums, result, sizeof result);
 }
 
-static void multiply(const struct billm_weight *w, const void *tile, size_t col, size_t cols, const void *panel,
+void billm_avx2_multiply(const struct billm_weight *w, const void *tile, size_t col, size_t cols, const void *panel,
                      size_t stride, int bits, const float *x_scale, size_t scale_stride, size_t tokens, float *acc) {
     const size_t block = w->block;
     const uint8_t *x = (const uint8_t *)panel + col * sizeof(int16_t);
@@ -317,9 +246,9 @@ const struct billm_isa billm_avx2 = {
     .tile_rows = TILE_ROWS,
     .token_step = TOKEN_STEP,
     .packed_bytes = sizeof(int16_t),
-    .quantize = quantize,
-    .prepared_bytes = prepared_bytes,
-    .prepare = prepare,
+    .quantize = billm_avx2_quantize,
+    .prepared_bytes = billm_avx2_prepared_bytes,
+    .prepare = billm_avx2_prepare,
     .binary_gemv = binary_gemv,
     .int8_gemv = int8_gemv,
     .int4_gemv = int4_gemv,
@@ -327,6 +256,6 @@ const struct billm_isa billm_avx2 = {
     .int8_tile = billm_avx2_int8_tile,
     .int4_tile = billm_avx2_int4_tile,
     .pack = billm_avx2_pack,
-    .multiply = multiply,
+    .multiply = billm_avx2_multiply,
     .floats = &billm_float_avx2,
 };

@@ -68,7 +68,8 @@ void billm_avx512_int8_gemv(const struct billm_weight *w, const void *prepared, 
 /* ---- 4 bits: sixteen rows, in slabs of four units ----
  *
  * The 64 bytes of a row's slab are one vector; its low and its high nibbles meet activations of their own, so that a
- * 128-bit lane sums a unit. vpdpbusd takes the codes as they are; their offset is taken off the sum of a unit. */
+ * 128-bit lane sums a unit. vpdpbusd takes the codes as they are; their offset is taken off the sum of a unit. In a last
+ * slab of one or two units two rows share a vector, and the activations lie there twice. */
 enum { INT4_ROWS = 16, SLAB_UNITS = 4, SLAB_COLS = SLAB_UNITS * BILLM_UNIT, SLAB_BYTES = SLAB_COLS / 2 };
 
 struct slab {
@@ -86,10 +87,16 @@ static void prepare_int4(const struct billm_weight *w, const int16_t *x, struct 
         to->high[half][place] = (int8_t)((x[j] + 128) >> 8);
         to->offset[unit] += 8 * x[j];
     }
+    const size_t rest = w->blocks % SLAB_UNITS;
+    struct slab *last = slab + w->blocks / SLAB_UNITS;
+    for (size_t half = 0; half < 2 && (rest == 1 || rest == 2); half++) {
+        memcpy(last->low[half] + SLAB_BYTES / 2, last->low[half], SLAB_BYTES / 2);
+        memcpy(last->high[half] + SLAB_BYTES / 2, last->high[half], SLAB_BYTES / 2);
+    }
 }
 
 /* sum(code * x) of each lane's four columns. */
-BILLM_INLINE __m512i code_sums(__m512i bytes, const struct slab *x, int bits) {
+BILLM_INLINE __m512i code_sums(__m512i bytes, const struct slab *x, const int bits) {
     const __m512i low_half = _mm512_set1_epi8(15);
     const __m512i first = _mm512_and_si512(bytes, low_half);
     const __m512i last = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_half);
@@ -102,7 +109,7 @@ BILLM_INLINE __m512i code_sums(__m512i bytes, const struct slab *x, int bits) {
     return _mm512_add_epi32(low, _mm512_slli_epi32(high, 8));
 }
 
-/* Lane r of quarter u is the sum of quarter u of r[r]. */
+/* Lane i of quarter u is the sum of quarter u of r[i]. */
 BILLM_INLINE __m512i sum_quarters(const __m512i r[4]) {
     __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[0], r[1]));
     __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(r[2], r[3]), _mm512_unpackhi_epi32(r[2], r[3]));
@@ -119,50 +126,105 @@ BILLM_INLINE void transpose_quarters(__m512i r[4]) {
     r[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
-/* sums[u], lane r: sum(code * x) of unit u of row r; a short group repeats its last row, a short slab is masked. */
-BILLM_INLINE void slab_sums(const uint8_t *from, size_t stride, size_t count, __mmask64 mask, const struct slab *x,
-                            int bits, __m512i sums[4]) {
+/* sums[u], lane r: sum(code * x) of unit u of row r, of three or four units; `whole` says which. */
+BILLM_INLINE void wide_sums(const uint8_t *from, size_t stride, const int whole, const struct slab *x, const int bits,
+                            __m512i sums[SLAB_UNITS]) {
 #pragma GCC unroll 4
     for (size_t quad = 0; quad < 4; quad++) {
         __m512i rows[4];
 #pragma GCC unroll 4
-        for (size_t i = 0; i < 4; i++) {
-            const size_t row = count == INT4_ROWS ? 4 * quad + i : billm_min(4 * quad + i, count - 1);
-            const void *at = from + row * stride;
-            rows[i] = code_sums(~mask ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_loadu_si512(at), x, bits);
-        }
+        for (size_t i = 0; i < 4; i++, from += stride)
+            rows[i] = code_sums(
+                whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(~(__mmask64)0 >> 16, from), x, bits);
         sums[quad] = sum_quarters(rows);
     }
     transpose_quarters(sums);
 }
 
-BILLM_INLINE void int4_gemv(const struct billm_weight *w, const struct slab *x, int bits, const float *x_scale,
-                            size_t row, size_t end, float *acc) {
-    for (size_t count; row < end; row += count, acc += count) {
-        const uint8_t *from = w->nibbles + row * w->stride;
-        __m512 total = _mm512_setzero_ps();
-        count = billm_min(INT4_ROWS, end - row);
-        for (size_t block = 0; block < w->blocks; block += SLAB_UNITS, from += SLAB_BYTES) {
-            const struct slab *slab = x + block / SLAB_UNITS;
-            const size_t units = billm_min(SLAB_UNITS, w->blocks - block);
-            __m512i sums[4];
-            if (count == INT4_ROWS && units == SLAB_UNITS)
-                slab_sums(from, w->stride, INT4_ROWS, ~(__mmask64)0, slab, bits, sums);
-            else
-                slab_sums(from, w->stride, count, ~(__mmask64)0 >> (SLAB_BYTES - 16 * units), slab, bits, sums);
-            for (size_t u = 0; u < units; u++) {
-                int8_t steps[INT4_ROWS] = {0};
-                memcpy(steps, w->steps + (block + u) * w->rows + row, count);
-                __m512i step = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)steps));
-                __m512i sum = _mm512_mullo_epi32(_mm512_sub_epi32(sums[u], _mm512_set1_epi32(slab->offset[u])), step);
-                __m512 product = _mm512_mul_ps(_mm512_set1_ps(x_scale[block + u]), _mm512_cvtepi32_ps(sum));
-                total = _mm512_add_ps(total, product);
-            }
+/* The same of one or two units: rows i and i + 4 in the halves of a vector. */
+BILLM_INLINE void narrow_sums(const uint8_t *from, size_t stride, size_t units, const struct slab *x, const int bits,
+                              __m512i sums[SLAB_UNITS]) {
+    const __m256i mask = units == 2 ? _mm256_set1_epi64x(-1) : _mm256_setr_epi64x(-1, -1, 0, 0);
+    __m512i eight[2];
+#pragma GCC unroll 2
+    for (size_t half = 0; half < 2; half++, from += 8 * stride) {
+        __m512i rows[4];
+#pragma GCC unroll 4
+        for (size_t i = 0; i < 4; i++) {
+            __m256i low = _mm256_maskload_epi64((const void *)(from + i * stride), mask);
+            __m256i high = _mm256_maskload_epi64((const void *)(from + (i + 4) * stride), mask);
+            rows[i] = code_sums(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), x, bits);
         }
-        float result[INT4_ROWS];
-        _mm512_storeu_ps(result, total);
-        memcpy(acc, result, count * sizeof *acc);
+        eight[half] = sum_quarters(rows);
     }
+    sums[0] = _mm512_shuffle_i32x4(eight[0], eight[1], 0x88);
+    sums[1] = _mm512_shuffle_i32x4(eight[0], eight[1], 0xdd);
+}
+
+/* One block: total + scale * step * (sum - offset), two roundings. */
+BILLM_INLINE __m512 step_block(__m512 total, float scale, __m512i sum, int32_t offset, const int8_t *steps) {
+    __m512i step = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)steps));
+    sum = _mm512_mullo_epi32(_mm512_sub_epi32(sum, _mm512_set1_epi32(offset)), step);
+    return _mm512_add_ps(total, _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(sum)));
+}
+
+/* Sixteen rows, whose steps of one block lie step_stride bytes before those of the next. The rows that follow are what
+ * comes next: they are fetched on the way. */
+BILLM_INLINE void sixteen_rows(const uint8_t *from, size_t stride, const int8_t *steps, size_t step_stride,
+                               size_t blocks, const struct slab *x, const int bits, const float *x_scale, float *acc) {
+    const uint8_t *next = from + INT4_ROWS * stride;
+    __m512 total = _mm512_setzero_ps();
+    __m512i sums[SLAB_UNITS];
+    size_t block = 0;
+    for (; block + SLAB_UNITS <= blocks; block += SLAB_UNITS, from += SLAB_BYTES, x++) {
+        wide_sums(from, stride, 1, x, bits, sums);
+#pragma GCC unroll 16
+        for (size_t line = 0; line < INT4_ROWS; line++, next += 64)
+            _mm_prefetch((const char *)next, _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (size_t u = 0; u < SLAB_UNITS; u++, steps += step_stride)
+            total = step_block(total, x_scale[block + u], sums[u], x->offset[u], steps);
+    }
+    if (blocks - block == 3)
+        wide_sums(from, stride, 0, x, bits, sums);
+    else if (block < blocks)
+        narrow_sums(from, stride, blocks - block, x, bits, sums);
+    for (size_t u = 0; block + u < blocks; u++, steps += step_stride)
+        total = step_block(total, x_scale[block + u], sums[u], x->offset[u], steps);
+    _mm512_storeu_ps(acc, total);
+}
+
+/* Fewer rows: sixteen copies of a row are as good as any others. */
+static __attribute__((noinline)) void last_rows(const struct billm_weight *w, const struct slab *x, int bits,
+                                                const float *x_scale, size_t row, size_t count, float *acc) {
+    for (size_t r = 0; r < count; r++) {
+        float result[INT4_ROWS];
+        const uint8_t *from = w->nibbles + (row + r) * w->stride;
+        int8_t steps[INT4_ROWS];
+        __m512 total = _mm512_setzero_ps();
+        for (size_t block = 0; block < w->blocks; block++) {
+            const struct slab *slab = x + block / SLAB_UNITS;
+            __m512i sums[SLAB_UNITS];
+            const size_t first = block / SLAB_UNITS * SLAB_UNITS, units = billm_min(SLAB_UNITS, w->blocks - first);
+            if (units < 3)
+                narrow_sums(from + 16 * first, 0, units, slab, bits, sums);
+            else
+                wide_sums(from + 16 * first, 0, units == SLAB_UNITS, slab, bits, sums);
+            memset(steps, w->steps[block * w->rows + row + r], sizeof steps);
+            total = step_block(total, x_scale[block], sums[block - first], slab->offset[block - first], steps);
+        }
+        _mm512_storeu_ps(result, total);
+        acc[r] = result[0];
+    }
+}
+
+BILLM_INLINE void int4_gemv(const struct billm_weight *w, const struct slab *x, const int bits, const float *x_scale,
+                            size_t row, size_t end, float *acc) {
+    for (; row + INT4_ROWS <= end; row += INT4_ROWS, acc += INT4_ROWS)
+        sixteen_rows(w->nibbles + row * w->stride, w->stride, w->steps + row, w->rows, w->blocks, x, bits, x_scale,
+                     acc);
+    if (row < end)
+        last_rows(w, x, bits, x_scale, row, end - row, acc);
 }
 
 void billm_avx512_int4_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,

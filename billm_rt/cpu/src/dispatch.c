@@ -46,6 +46,13 @@ static int has_avx512(void) {
 }
 #endif
 
+#if defined(BILLM_AVXVNNI)
+static int has_avxvnni(void) {
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
 #if defined(BILLM_AMX)
 /* The system hands out the tile registers on request only; it may refuse, or not know them. */
 static int has_amx(void) {
@@ -80,6 +87,10 @@ static size_t candidates(const struct billm_isa *found[BILLM_ISAS]) {
 #endif
     if (has_avx512())
         found[count++] = &billm_avx512;
+#if defined(BILLM_AVXVNNI)
+    if (has_avxvnni())
+        found[count++] = &billm_avxvnni;
+#endif
     if (has_avx2())
         found[count++] = &billm_avx2;
 #endif

@@ -113,8 +113,18 @@ struct billm_isa {
 
 extern const struct billm_isa billm_portable;
 #if defined(__x86_64__) || defined(BILLM_SIMDE)
-extern const struct billm_isa billm_avx2, billm_avx512, billm_amx;
-/* What AVX-512 takes over from AVX2: done once per many tokens. */
+extern const struct billm_isa billm_avx2, billm_avxvnni, billm_avx512, billm_amx;
+/* What AVX-512 takes over from AVX2, done once per many tokens, and what AVX-VNNI does. */
+enum { BILLM_AVX2_TILE_ROWS = 16, BILLM_AVX2_TOKEN_STEP = 4 };
+void billm_avx2_quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
+                         float *scales);
+size_t billm_avx2_prepared_bytes(const struct billm_weight *weight);
+void billm_avx2_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
+void billm_avx2_binary_gemv_small(const struct billm_weight *weight, const void *prepared, int bits,
+                                  const float *x_scale, size_t row, size_t end, float *acc);
+void billm_avx2_multiply(const struct billm_weight *weight, const void *tile, size_t col, size_t cols,
+                         const void *panel, size_t stride, int bits, const float *x_scale, size_t scale_stride,
+                         size_t tokens, float *acc);
 void billm_avx2_binary_tile(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
                             void *tile);
 void billm_avx2_int8_tile(const struct billm_weight *weight, size_t row, size_t rows, size_t col, size_t cols,
