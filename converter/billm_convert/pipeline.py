@@ -39,6 +39,7 @@ from billm_convert.streams import FollowedStream, Inputs, Stream, Told
 from billm_convert.tokenizer import TokenizerFiles
 from billm_convert.tune import Tuning
 from billm_convert.tune_text import HELD_OUT, TuningText, draw_text
+from billm_convert.tune_train import product_dtype
 from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import UsageError
@@ -148,7 +149,8 @@ class Conversion:
         resources.check_memory(self.memory, self.device)
         training = 0
         if self.settings.recipe == TUNED:
-            plan = resources.tuning_memory(self.config, EFFORTS[self.settings.effort], self._tuning_seqlen())
+            factor = product_dtype(self.device).itemsize
+            plan = resources.tuning_memory(self.config, EFFORTS[self.settings.effort], self._tuning_seqlen(), factor)
             resources.check_tuning_memory(plan, self.device)
             training = resources.tuning_disk(plan)
         resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes(), training)

@@ -25,19 +25,22 @@ CPU_CALIBRATION = (32, 1024)
 
 @dataclass(frozen=True)
 class Effort:
-    """How long the recipe "tuned" trains. A step reads one window of text."""
+    """How long the recipe "tuned" trains. A step reads STEP_WINDOWS windows of text."""
 
     windows: int  # of TUNING_TOKENS tokens
     block_steps: int  # for each block, against the full-precision block
     model_steps: int  # of the whole model, against the full-precision logits
 
 
-TUNING_TOKENS = 512
+# Short windows: attention costs little, and tokens of many texts have more to say than as many of one.
+TUNING_TOKENS = 256
+STEP_WINDOWS = 8
+PASS_WINDOWS = 4  # that go through the whole model at once: bounds the memory of activations
 EFFORTS = {
-    "blocks": Effort(windows=160, block_steps=160, model_steps=0),  # one block in memory at a time
-    "fast": Effort(windows=150, block_steps=0, model_steps=150),
-    "normal": Effort(windows=800, block_steps=0, model_steps=800),
-    "max": Effort(windows=1600, block_steps=0, model_steps=3200),
+    "blocks": Effort(windows=800, block_steps=150, model_steps=0),  # one block in memory at a time
+    "fast": Effort(windows=480, block_steps=0, model_steps=60),
+    "normal": Effort(windows=1600, block_steps=80, model_steps=200),
+    "max": Effort(windows=4000, block_steps=200, model_steps=1200),
 }
 
 
