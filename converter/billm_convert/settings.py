@@ -52,6 +52,7 @@ class ConvertSettings:
     effort: str = "normal"  # of the recipe "tuned": a key of EFFORTS
     ablation: str | None = None  # "salient-only": no split; "splitting-only": no salient columns; "no-compensation"
     block_size: int = 128
+    target_bits: float | None = None  # true bits per weight; what blocks of block_size leave goes into smaller ones
     max_salient: int = 30  # most salient columns in a block
     damp: float | None = None  # added to the Hessian's diagonal, as a share of its mean; None: the recipe's own
     calib: str | None = None  # name of a text, path of a file, or "self"
@@ -80,6 +81,8 @@ class ConvertSettings:
             raise UsageError(f"--block-size: wanted one of {', '.join(map(str, BLOCK_SIZES))}, found {self.block_size}")
         if not 0 <= self.max_salient <= self.block_size:
             raise UsageError(f"--max-salient: wanted 0 to the block size {self.block_size}, found {self.max_salient}")
+        if self.target_bits is not None and not 0 < self.target_bits < math.inf:
+            raise UsageError(f"--target-bits: wanted a number above 0, found {self.target_bits:g}")
         if self.damp is not None and not (math.isfinite(self.damp) and 0 <= self.damp <= 1):
             raise UsageError(f"--damp: wanted a share of the mean diagonal, 0 to 1, found {self.damp:g}")
         for option, value, least in (
