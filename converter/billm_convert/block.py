@@ -117,11 +117,14 @@ class DecoderBlock:
             query, key = self._rotary(query, start), self._rotary(key, start)
         if past is not None:
             key, value = past.extend(key, value)
-        mixed = _attend(query, key, value, start, config.sliding_window)
+        mixed = self._attend(query, key, value, start)
         mixed = mixed.transpose(1, 2).reshape(batch, tokens, config.query_size)
         if capture:
             capture("o", mixed.flatten(0, 1))
         return mixed
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
+        return attend(query, key, value, start, self._config.sliding_window)
 
     def _mlp_inner(self, x: Tensor, capture: Capture | None) -> Tensor:
         if capture:
@@ -164,7 +167,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, start: int, window: int | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, start: int, window: int | None) -> Tensor:
     """Attend causally; query token i stands at position start + i of `key` and `value`."""
     tokens, positions = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]

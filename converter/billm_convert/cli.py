@@ -69,6 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="columns that share scales (default: %(default)s)",
     )
     how.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="B",
+        help="true bits per weight of the Linears: smaller blocks for the most sensitive, v_proj first, within B",
+    )
+    how.add_argument(
         "--max-salient",
         type=int,
         default=default.max_salient,

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from billm_convert import gate, illustrate, resources
+from billm_convert import budget, gate, illustrate, resources
 from billm_convert.block import DecoderBlock, Rotary, embed
 from billm_convert.calibration import choose_text, describe, draw_windows
 from billm_convert.embedding import to_float16
@@ -41,10 +41,11 @@ from billm_convert.streams import FollowedStream, Inputs, Stream, Told
 from billm_convert.tokenizer import TokenizerFiles
 from billm_convert.tune import Tuning
 from billm_convert.tune_text import HELD_OUT, TuningText, draw_text
+from billm_convert.tune_train import product_dtype
 from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import UsageError
-from billm_format.layout import CHAT_TEMPLATE, TOKENIZER
+from billm_format.layout import CHAT_TEMPLATE, TOKENIZER, linear_names
 from billm_format.packing import PackedLinear
 from billm_format.reader import BillmFile
 from billm_format.writer import Source, write_file
@@ -103,13 +104,14 @@ class Conversion:
         self._progress(Event("note", text=text))
 
     def _quantization(self) -> Quantization:
-        layers = range(self.config.num_hidden_layers)
         scaled = self.settings.recipe in COL_SCALED
-        return Quantization(
+        quantization = Quantization(
             self.settings.block_size,
             embedding_bits=self.settings.embedding_bits,
-            col_scales=tuple(f"layers.{i}.{name}" for i in layers for name in self.config.linears() if scaled),
+            col_scales=tuple(linear_names(self.config)) if scaled else (),
         )
+        target = self.settings.target_bits
+        return quantization if target is None else budget.spend(self.config, quantization, target)
 
     def _calibration_size(self) -> tuple[int, int]:
         """Settle windows and their length: the paper's on a GPU, fewer on a CPU, never beyond the model's context."""
@@ -157,7 +159,8 @@ class Conversion:
         resources.check_memory(self.memory, self.device)
         training = 0
         if self.settings.recipe == TUNED:
-            plan = resources.tuning_memory(self.config, EFFORTS[self.settings.effort], self._tuning_seqlen())
+            factor = product_dtype(self.device).itemsize
+            plan = resources.tuning_memory(self.config, EFFORTS[self.settings.effort], self._tuning_seqlen(), factor)
             resources.check_tuning_memory(plan, self.device)
             training = resources.tuning_disk(plan)
         resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes(), training)
@@ -213,6 +216,7 @@ class Conversion:
             "recipe": settings.recipe,
             **({"ablation": settings.ablation} if settings.ablation else {}),
             "block_size": settings.block_size,
+            **({} if settings.target_bits is None else {"target_bits": settings.target_bits}),
             "max_salient": settings.max_salient,
             "damp": settings.dampening,
             "calib": Path(self.text.choice).name,
@@ -270,8 +274,10 @@ class Conversion:
         if self.config.position == "rope":
             rotary = Rotary(self.source.tensor("rope.inv_freq").to(self.device), self.config.rope_scale, self.seqlen)
         followed = self.settings.recipe in FOLLOWED
-        hidden = self._embed(work, tokens)
-        stream = (FollowedStream if followed else Stream)(self.config, hidden, self._batch(), self.device)
+        hidden, batch = self._embed(work, tokens), self._batch()
+        stream: Stream = Stream(self.config, hidden, batch, self.device)
+        if followed:
+            stream = FollowedStream(self.config, hidden, batch, self.device, quick=True)
         for layer in range(layers):
             weights = {name: value.to(self.device) for name, value in self.source.layer(layer).items()}
             block = DecoderBlock(self.config, weights, rotary)
@@ -301,7 +307,7 @@ class Conversion:
 
     def _solve_block(self, work: WorkFolder, layer: int, groups: Iterator[Inputs], weights: dict[str, Tensor]) -> None:
         """Binarize the block's Linears on what they read, store them, and put them in the originals' place."""
-        recipe = choose_recipe(self.settings)
+        recipe = choose_recipe(self.settings, lambda linear: self.quantization.block_of(f"layers.{layer}.{linear}"))
         stored = {f"layers.{layer}.{name}": value.cpu().numpy() for name, value in weights.items() if "norm" in name}
         reports = []
         figures: dict[str, LinearFigures] = {}

@@ -1,6 +1,7 @@
 """The recipes by name: how the Linears that read one input are binarized."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -14,16 +15,24 @@ from billm_convert.streams import Inputs
 Recipe = Callable[[Sequence[Tensor], Inputs], list[SolvedLinear]]
 
 
-def choose_recipe(settings: ConvertSettings) -> Recipe:
-    """Return the recipe that `settings` name, with their numbers."""
+def choose_recipe(settings: ConvertSettings, block_of: Callable[[str], int]) -> Recipe:
+    """Return the recipe that `settings` name, with their numbers; `block_of` gives a Linear's block size."""
     fewest = min(FEWEST_SALIENT, settings.max_salient)
     if settings.recipe != "paper":  # "tuned" begins with it
         refined = RefinedSettings(settings.block_size, fewest, settings.max_salient, settings.dampening)
         return lambda weights, inputs: solve_refined(
-            weights, inputs.hessian, refined, inputs.drift, inputs.hidden_drift
+            weights,
+            inputs.hessian,
+            refined,
+            inputs.drift,
+            inputs.hidden_drift,
+            [block_of(linear) for linear in inputs.linears],
         )
     paper = _paper(settings, fewest)
-    return lambda weights, inputs: [solve_linear(weight, inputs.hessian, paper) for weight in weights]
+    return lambda weights, inputs: [
+        solve_linear(weight, inputs.hessian, replace(paper, block_size=block_of(linear)))
+        for weight, linear in zip(weights, inputs.linears, strict=True)
+    ]
 
 
 def _paper(settings: ConvertSettings, fewest: int) -> PaperSettings:

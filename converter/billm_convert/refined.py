@@ -73,14 +73,15 @@ def solve_refined(
     settings: RefinedSettings,
     drift: Tensor | None = None,
     hidden_drift: Tensor | None = None,
+    block_sizes: Sequence[int] | None = None,
 ) -> list[SolvedLinear]:
     """Binarize the Linears `weights`, each [rows, cols], that all read the inputs with this Hessian [cols, cols].
 
-    They share one col_scale. `drift` [cols, cols] says how these inputs miss the original model's and `hidden_drift`
-    [rows, cols], for a single Linear, how the hidden states do that its output is added to (`DriftAccumulator`): the
-    weights first make up for a part of both. Works on the weights' device and in their dtype: float32, or float64 for
-    comparisons. The same input gives the same bytes on the same machine. UsageError: values that are not finite, a
-    Hessian that is none. ValueError: shapes.
+    They share one col_scale; `block_sizes` gives each its own, not that of `settings`. `drift` [cols, cols] says
+    how these inputs miss the original model's and `hidden_drift` [rows, cols], for a single Linear, how the hidden
+    states do that its output is added to (`DriftAccumulator`): the weights first make up for a part of both. Works on
+    the weights' device and in their dtype: float32, or float64 for comparisons. The same input gives the same bytes on
+    the same machine. UsageError: values that are not finite, a Hessian that is none. ValueError: shapes.
     """
     for weight in weights:
         check_problem(weight, hessian)
@@ -89,7 +90,11 @@ def solve_refined(
     if drift is not None:
         targets = [_follow(weight, drift, hidden_drift, factor, settings.follow) for weight in weights]
     col_scale = column_scale(targets)
-    solved = [_solve(target, hessian, factor, col_scale, settings) for target in targets]
+    sizes = [settings.block_size] * len(targets) if block_sizes is None else block_sizes
+    solved = [
+        _solve(target, hessian, factor, col_scale, dataclasses.replace(settings, block_size=size))
+        for target, size in zip(targets, sizes, strict=True)
+    ]
     if drift is None:
         return solved
     return [_judged_by(weight, linear) for weight, linear in zip(weights, solved, strict=True)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from billm_convert.settings import Effort
+from billm_convert.settings import PASS_WINDOWS, STEP_WINDOWS, Effort
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import all_tensors, layer_tensors
@@ -63,17 +63,18 @@ def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int, streams: in
     }
 
 
-def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int) -> dict[str, int]:
-    """Return the bytes that training takes, by kind, on windows of `seqlen` tokens."""
+def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int, factor: int) -> dict[str, int]:
+    """Return the bytes that training takes, by kind, on windows of `seqlen` tokens; a product's factor has `factor`."""
     whole = effort.model_steps > 0
     layers = config.num_hidden_layers if whole else 1
-    weights = sum(rows * cols for rows, cols, _ in config.linears().values())
+    weights = layers * sum(rows * cols for rows, cols, _ in config.linears().values())
     kept = 16 * config.hidden_size + 8 * config.intermediate_size  # values of a token in a block, for the gradient
-    of_blocks = min(effort.windows, effort.block_steps)
+    of_blocks = min(effort.windows, effort.block_steps * STEP_WINDOWS)
     return {
-        "weights": 4 * 4 * layers * weights,  # latent, gradient, two moments
-        "activations": 4 * seqlen * layers * kept,
-        "heads": 2 * 4 * config.vocab_size * config.embedding_size * whole,
+        "weights": 4 * 4 * weights,  # latent, gradient, two moments
+        "products": 2 * factor * weights,  # what they read, and its gradient
+        "activations": factor * seqlen * (PASS_WINDOWS if whole else STEP_WINDOWS) * layers * kept,
+        "heads": 2 * factor * config.vocab_size * config.embedding_size * whole,
         # Of full precision, and a copy in 16 bits of its last; those that tuned blocks read, and their targets.
         "hidden_states": (6 * effort.windows + 8 * of_blocks) * seqlen * config.hidden_size,
     }
@@ -114,7 +115,8 @@ def _compare_memory(parts: dict[str, int], free: int, what: str, advice: str) ->
 def tuning_disk(plan: dict[str, int]) -> int:
     """Return the bytes on disk that training by the plan of `tuning_memory` takes: its state twice, and the text."""
     state = plan["weights"] * 3 // 4  # latents and their moments; a new state is written beside the old one
-    return 2 * state + plan["hidden_states"]
+    hints = plan["weights"] // 8  # latents of tuned blocks in 16 bits
+    return 2 * state + hints + plan["hidden_states"]
 
 
 def check_disk(out: Path, config: ModelConfig, quantization: Quantization, there: int, training: int = 0) -> None:

@@ -27,19 +27,22 @@ CPU_CALIBRATION = (32, 1024)
 
 @dataclass(frozen=True)
 class Effort:
-    """How long the recipe "tuned" trains. A step reads one window of text."""
+    """How long the recipe "tuned" trains. A step reads STEP_WINDOWS windows of text."""
 
     windows: int  # of TUNING_TOKENS tokens
     block_steps: int  # for each block, against the full-precision block
     model_steps: int  # of the whole model, against the full-precision logits
 
 
-TUNING_TOKENS = 512
+# Short windows: attention costs little, and tokens of many texts have more to say than as many of one.
+TUNING_TOKENS = 256
+STEP_WINDOWS = 8
+PASS_WINDOWS = 4  # that go through the whole model at once: bounds the memory of activations
 EFFORTS = {
-    "blocks": Effort(windows=160, block_steps=160, model_steps=0),  # one block in memory at a time
-    "fast": Effort(windows=150, block_steps=0, model_steps=150),
-    "normal": Effort(windows=800, block_steps=0, model_steps=800),
-    "max": Effort(windows=1600, block_steps=0, model_steps=3200),
+    "blocks": Effort(windows=800, block_steps=150, model_steps=0),  # one block in memory at a time
+    "fast": Effort(windows=480, block_steps=0, model_steps=60),
+    "normal": Effort(windows=1600, block_steps=80, model_steps=200),
+    "max": Effort(windows=4000, block_steps=200, model_steps=1200),
 }
 
 
@@ -51,6 +54,7 @@ class ConvertSettings:
     effort: str = "normal"  # of the recipe "tuned": a key of EFFORTS
     ablation: str | None = None  # "salient-only": no split; "splitting-only": no salient columns; "no-compensation"
     block_size: int = 128
+    target_bits: float | None = None  # true bits per weight; what blocks of block_size leave goes into smaller ones
     max_salient: int = 30  # most salient columns in a block
     damp: float | None = None  # added to the Hessian's diagonal, as a share of its mean; None: the recipe's own
     calib: str | None = None  # name of a text, path of a file, or "self"
@@ -80,6 +84,8 @@ class ConvertSettings:
             raise UsageError(f"--block-size: wanted one of {', '.join(map(str, BLOCK_SIZES))}, found {self.block_size}")
         if not 0 <= self.max_salient <= self.block_size:
             raise UsageError(f"--max-salient: wanted 0 to the block size {self.block_size}, found {self.max_salient}")
+        if self.target_bits is not None and not 0 < self.target_bits < math.inf:
+            raise UsageError(f"--target-bits: wanted a number above 0, found {self.target_bits:g}")
         if self.damp is not None and not (math.isfinite(self.damp) and 0 <= self.damp <= 1):
             raise UsageError(f"--damp: wanted a share of the mean diagonal, 0 to 1, found {self.damp:g}")
         for option, value, least in (

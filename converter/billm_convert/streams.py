@@ -5,6 +5,7 @@ before it made. `FollowedStream` is closer to what will run: a Linear's inputs c
 are stored, in the same block too, and a second stream through the original model tells what they should have been.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -78,9 +79,12 @@ class Stream:
 class FollowedStream(Stream):
     """A stream whose block is replaced Linear by Linear, beside the same text's stream through the original blocks."""
 
-    def __init__(self, config: ModelConfig, hidden: Tensor, batch: int, device: torch.device) -> None:
-        """Begin both streams with `hidden`."""
+    def __init__(
+        self, config: ModelConfig, hidden: Tensor, batch: int, device: torch.device, *, quick: bool = False
+    ) -> None:
+        """Begin both streams with `hidden`; `quick`: products are made as `quick_products` has them."""
         super().__init__(config, hidden, batch, device)
+        self._quick = quick
         self._wanted = hidden.clone()
         self._halves_done = 0  # of the block that is being replaced
 
@@ -105,9 +109,10 @@ class FollowedStream(Stream):
         batches = self._batches(self._hidden)
         for index, pair in enumerate(zip(batches, self._batches(self._wanted), strict=True)):
             hidden, wanted = (part.to(self._device) for part in pair)
-            x = block.read_by(group, hidden)
+            with quick_products(self._quick):
+                x, meant = block.read_by(group, hidden), original.read_by(group, wanted)
             hessian.add(x.flatten(0, 1))
-            drift.add((original.read_by(group, wanted) - x).flatten(0, 1), x.flatten(0, 1))
+            drift.add((meant - x).flatten(0, 1), x.flatten(0, 1))
             if hidden_drift is not None:
                 # Without the first token: in many models its hidden state is a thousand times the others' size, and
                 # would be all that is seen. Norms hide that from what Linears read.
@@ -124,8 +129,21 @@ class FollowedStream(Stream):
 
     def _advance_half(self, half: int, block: DecoderBlock, original: DecoderBlock, told: Told) -> None:
         for place, (hidden, of) in enumerate(((self._hidden, block), (self._wanted, original))):
-            self._run(hidden, (of.attention_half, of.mlp_half)[half], _part(told, place, 2))
+            with quick_products(self._quick):
+                self._run(hidden, (of.attention_half, of.mlp_half)[half], _part(told, place, 2))
         self._halves_done = half + 1
+
+
+@contextlib.contextmanager
+def quick_products(quick: bool) -> Iterator[None]:
+    """Let float32 matrix products, if `quick`, round their factors to bfloat16 where the processor is quick at that."""
+    before = torch.get_float32_matmul_precision()
+    if quick:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _part(told: Told, index: int, parts: int) -> Told:

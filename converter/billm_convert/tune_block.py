@@ -1,7 +1,7 @@
 """A decoder block, and a whole model, that can be trained in the form in which the file holds them."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from billm_convert.block import DecoderBlock, KeyValues, Rotary, finish, input_groups
-from billm_convert.tune_linear import TunedLinear, Vector
+from billm_convert.tune_linear import CLEAR, TunedLinear, Vector
 from billm_format.config import ModelConfig, Quantization
 from billm_format.packing import PackedLinear
 
 Float32 = NDArray[np.float32]
 
 _PARTS = ("sign", "second", "salient", "scales", "row_scale", "col_scale", "bias")
+_LATENT = "latent"  # of a block between its two trainings; no file has it
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class BlockStart:
 
     linears: Mapping[str, PackedLinear]
     norms: Mapping[str, Float32]
+    hints: Mapping[str, Tensor] = field(default_factory=dict)  # where latents begin, by Linear: `TunedLinear`
 
 
 def block_start(
@@ -37,13 +39,16 @@ def block_start(
         parts: dict[str, Any] = {part: tensors.get(f"{prefix}{linear}.{part}") for part in _PARTS}
         linears[linear] = PackedLinear(rows, cols, quantization.block_of(f"{prefix}{linear}"), **parts)
     norms = {name.removeprefix(prefix): value for name, value in tensors.items() if "norm." in name}
-    return BlockStart(linears, norms)
+    names = {linear: f"{prefix}{linear}.{_LATENT}" for linear in linears}
+    hints = {linear: torch.from_numpy(tensors[name]) for linear, name in names.items() if name in tensors}
+    return BlockStart(linears, norms, hints)
 
 
 def block_tensors(layer: int, block: BlockStart) -> dict[str, NDArray[Any]]:
-    """Return a layer's tensors under their names in the file."""
+    """Return a layer's tensors under their names in the file, and hints beside them."""
     prefix = f"layers.{layer}."
-    out = {f"{prefix}{name}": value for name, value in block.norms.items()}
+    out: dict[str, NDArray[Any]] = {f"{prefix}{name}": value for name, value in block.norms.items()}
+    out |= {f"{prefix}{linear}.{_LATENT}": hint.numpy() for linear, hint in block.hints.items()}
     for linear, packed in block.linears.items():
         for part in _PARTS:
             value = getattr(packed, part)
@@ -61,12 +66,48 @@ class Rates:
     vectors: float  # relative: row multipliers, column scales, norms, biases
 
 
-class TunedBlock(DecoderBlock):
+class QuickBlock(DecoderBlock):
+    """A decoder layer whose matrix products have factors of another dtype; its hidden states stay float32."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], rotary: Rotary | None, products: torch.dtype
+    ) -> None:
+        """Take `weights` as `DecoderBlock` does."""
+        ours = {f"{linear}.{part}" for linear in config.linears() for part in ("weight", "bias")}
+        super().__init__(
+            config, {name: value.to(products) if name in ours else value for name, value in weights.items()}, rotary
+        )
+        self._products = products
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return super()._linear(name, x.to(self._products))
+
+    def _pre_norm(self, name: str, x: Tensor) -> Tensor:
+        return super()._pre_norm(name, x).to(self._products)  # once for all Linears that read it
+
+    def _heads(self, name: str, x: Tensor, heads: int) -> Tensor:
+        return super()._heads(name, x, heads).float()  # norms and rotations of them are not products
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
+        if self._products == torch.float32 or self._config.sliding_window or start > 0:
+            return super()._attend(query, key, value, start)
+        return plain_attention(*(x.to(self._products) for x in (query, key, value)))
+
+
+class TunedBlock(QuickBlock):
     """One decoder layer whose Linears and norms can be trained."""
 
-    def __init__(self, config: ModelConfig, start: BlockStart, rotary: Rotary | None, device: torch.device) -> None:
-        """Begin exactly at `start`."""
-        super().__init__(config, {}, rotary)
+    def __init__(
+        self,
+        config: ModelConfig,
+        start: BlockStart,
+        rotary: Rotary | None,
+        device: torch.device,
+        products: torch.dtype = torch.float32,
+        clear: float = CLEAR,
+    ) -> None:
+        """Begin exactly at `start`; `products` and `clear` are for `TunedLinear`."""
+        super().__init__(config, {}, rotary, products)
         self.norms = {name: norm_vector(name, value, device) for name, value in start.norms.items()}
         self.linears: dict[str, TunedLinear] = {}
         self._col_scales: list[Vector] = []
@@ -75,7 +116,8 @@ class TunedBlock(DecoderBlock):
             if shared is not None:
                 self._col_scales.append(shared)
             for name in names:
-                self.linears[name] = TunedLinear(start.linears[name], shared, device)
+                linear = start.linears[name]
+                self.linears[name] = TunedLinear(linear, shared, device, products, start.hints.get(name), clear)
 
     def forward(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
         """Run x [batch, tokens, hidden] through the block as the file will hold it."""
@@ -100,6 +142,11 @@ class TunedBlock(DecoderBlock):
         vectors = [*(linear.row_scale for linear in linears), *self._col_scales, *biases, *self.norms.values()]
         return [vector.change for vector in vectors]
 
+    def collect(self) -> None:
+        """Hand the gradients of weights down to what they are made of."""
+        for linear in self.linears.values():
+            linear.collect()
+
     def project(self) -> None:
         """Bring every scale back into the format's range after a step."""
         for linear in self.linears.values():
@@ -113,6 +160,25 @@ class TunedBlock(DecoderBlock):
             {name: vector().cpu().numpy() for name, vector in self.norms.items()},
         )
 
+    @torch.no_grad()
+    def hints(self) -> dict[str, Tensor]:
+        """Return the latents by Linear, float16 on the CPU."""
+        return {name: linear.latent.detach().half().cpu() for name, linear in self.linears.items()}
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend causally, scores written out.
+
+    On short windows and in 16 bits this takes half the processor time of torch's own, whose gradient is slow.
+    """
+    batch, heads, tokens, size = query.shape
+    groups = batch * key.shape[1]
+    mask = torch.full((tokens, tokens), -torch.inf, dtype=query.dtype, device=query.device).triu_(1)
+    mask = mask.repeat(heads // key.shape[1], 1)  # the heads that share keys pose as more tokens
+    keys = key.reshape(groups, tokens, size).transpose(1, 2)
+    scores = torch.baddbmm(mask, query.reshape(groups, -1, size), keys, alpha=size**-0.5)
+    return torch.bmm(scores.softmax(-1), value.reshape(groups, tokens, size)).view(query.shape)
+
 
 class TunedModel:
     """All blocks and the final norm; embedding, head and other tables stay as they are."""
@@ -124,11 +190,13 @@ class TunedModel:
         tables: Mapping[str, Tensor],
         rotary: Rotary | None,
         device: torch.device,
+        products: torch.dtype = torch.float32,
+        clear: float = CLEAR,
     ) -> None:
         """Begin exactly at `starts`; `tables` are what `finish` wants, the final norm's start among them."""
         self._config = config
         self._tables = tables
-        self.blocks = [TunedBlock(config, start, rotary, device) for start in starts]
+        self.blocks = [TunedBlock(config, start, rotary, device, products, clear) for start in starts]
         self._final = {
             name: norm_vector(name, value.cpu().numpy(), device)
             for name, value in tables.items()

@@ -4,7 +4,10 @@ Three things move: the four scales of every (row, block), the row multiplier and
 a *latent* number from which its two bits follow (the nearest level). What a forward pass multiplies is always the
 rounded, storable weight; gradients pass straight through every rounding.
 
-All of it is in the file's own unit, the row's float16 step: levels are whole numbers from -255 to 255.
+Products are made with `TunedLinear.weight`, which is made of all this once a step; its gradient is handed down to them
+once a step as well (`collect`), however many windows of text have added to it.
+
+Latents and scales are in the file's own unit, the row's float16 step: levels are whole numbers from -255 to 255.
 
 In either class a weight is `sign * (mid - half)` or `sign * (mid + half)`: for a salient column mid and half are
 alpha_o and alpha_r themselves, for the others alpha_c and alpha_s are mid -+ half. So one rule serves both classes: a
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from billm_format.layout import ALPHA_C, ALPHA_O, ALPHA_R, ALPHA_S
 from billm_format.packing import PackedLinear, pack_bits, unpack_bits
@@ -24,7 +28,7 @@ from billm_format.packing import PackedLinear, pack_bits, unpack_bits
 _MAX_CODE = 255
 
 # How far a latent starts from the border between two levels, at least, in steps: ties must not change a code.
-_CLEAR = 0.25
+CLEAR = 0.25
 
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
@@ -32,57 +36,18 @@ def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     return value + (rounded - value).detach()  # both are near, so neither operation rounds
 
 
-class StoredProduct(torch.autograd.Function):
-    """x [tokens, cols] times the weight [rows, cols] that latents, scales, row multipliers and column scales stand for.
-
-    mid and half are [rows, 2 * blocks]; `places` [2 * blocks, cols] is 1 where a column reads them: a product with it
-    spreads a value over its columns, one with its transpose sums over them. Gradients: that of a level goes straight to
-    its latent; all others are exact, codes held fixed. Only what comes in is kept for the backward pass: levels would
-    take as much memory again as the latents, scaled inputs and unscaled outputs as the activations.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        latent: Tensor,
-        mid: Tensor,
-        half: Tensor,
-        rows: Tensor,
-        cols: Tensor | None,
-        places: Tensor,
-    ) -> Tensor:
-        """Return the product [tokens, rows]; `rows` are the row multipliers, `cols` the column scales."""
-        ctx.save_for_backward(x, latent, mid, half, rows, cols, places)
-        levels = nearest_levels(latent, mid @ places, half @ places)
-        return ((x if cols is None else x * cols) @ levels.T).mul_(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients in the order of the inputs."""
-        x, latent, mid, half, rows, cols, places = ctx.saved_tensors
-        middle = mid @ places
-        levels = nearest_levels(latent, middle, half @ places)
-        for_x, for_cols = (grads[0] * rows) @ levels, None
-        for_level = grads[0].T @ (x if cols is None else x * cols)
-        if cols is not None:
-            for_cols = (for_x * x).sum(dim=0)
-            for_x *= cols
-        for_rows = levels.mul_(for_level).sum(dim=1)
-        for_level *= rows[:, None]
-        one = torch.ones((), dtype=latent.dtype, device=latent.device)
-        signed = torch.copysign(one, latent, out=levels).mul_(for_level)
-        for_mid = signed @ places.T
-        side = middle.sub_(latent.abs())
-        for_half = signed.mul_(torch.copysign(one, side, out=side)) @ places.T
-        return for_x, for_level, for_mid, for_half.neg_(), for_rows, for_cols, None
-
-
 def nearest_levels(latent: Tensor, middle: Tensor, half: Tensor) -> Tensor:
     """Return `sign(latent) * (middle +- half)`, all [rows, cols]: plus where |latent| > middle. Overwrites half."""
     side = torch.sub(middle, latent.abs())  # negative: the larger magnitude
     magnitude = torch.copysign(half, side, out=half).neg_().add_(middle)
     return torch.copysign(magnitude, latent, out=magnitude)
+
+
+def in_steps(weight: Tensor, linear: PackedLinear) -> Tensor:
+    """Return a Linear's original weight float32 [rows, cols] in the unit of a latent: rows' steps, column scales."""
+    steps = torch.from_numpy(linear.row_scale).float()
+    out = weight / _not_zero(steps)[:, None]
+    return out if linear.col_scale is None else out / _not_zero(torch.from_numpy(linear.col_scale).float())
 
 
 class Vector:
@@ -103,6 +68,16 @@ class Vector:
         value = self._start - self._unit * self.change  # a difference: a sum would make a start of -0.0 a 0.0
         return straight_through(value, value.half().float()) if self._half else value
 
+    def receive(self, gradient: Tensor) -> None:
+        """Add the gradient [n] of the vector to that of what is trained."""
+        own = self._unit * gradient
+        self.change.grad = -own if self.change.grad is None else self.change.grad - own
+
+
+def _not_zero(divisor: Tensor) -> Tensor:
+    # What is divided is 0 where a multiplier is.
+    return torch.where(divisor == 0, 1.0, divisor)
+
 
 def _rounded(value: Tensor) -> Tensor:
     return straight_through(value, value.round())
@@ -111,10 +86,20 @@ def _rounded(value: Tensor) -> Tensor:
 class TunedLinear:
     """The trainable numbers of one Linear, started from what a solver found."""
 
-    def __init__(self, start: PackedLinear, col_scale: Vector | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        start: PackedLinear,
+        col_scale: Vector | None,
+        device: torch.device,
+        products: torch.dtype = torch.float32,
+        hint: Tensor | None = None,
+        clear: float = CLEAR,
+    ) -> None:
         """Begin at `start`, exactly: before any step, `pack` returns it byte for byte.
 
-        `col_scale` [cols] is an object of its own because Linears that read the same input share it.
+        `col_scale` [cols] is an object of its own because Linears that read the same input share it. `products` is the
+        dtype that factors of matrix products have. Latents begin as near to `hint` float [rows, cols] as the start's
+        codes allow, `clear` steps off the borders between them; without a hint, at the levels themselves.
         """
         self._start = start
         self.col_scale = col_scale
@@ -127,16 +112,21 @@ class TunedLinear:
         self._swapped = alpha_s < alpha_c
         self.mid = nn.Parameter(torch.cat(((alpha_c + alpha_s) / 2, alpha_o), dim=1))
         self.half = nn.Parameter(torch.cat(((alpha_s - alpha_c).abs() / 2, alpha_r), dim=1))
-        self.latent = nn.Parameter(self._first_latents(device))
+        self.latent = nn.Parameter(self._first_latents(hint, clear, device))
+        self.weight = nn.Parameter(torch.empty(start.rows, start.cols, dtype=products, device=device))
+        self.refresh()
 
-    def _first_latents(self, device: torch.device) -> Tensor:
-        """Return the start's levels, moved off the borders between codes where scales of 0 put them there."""
+    def _first_latents(self, hint: Tensor | None, clear: float, device: torch.device) -> Tensor:
+        """Return the hint, or the start's levels, moved into what is nearest to the level of each weight's code."""
         positive, second, salient = self._start_bits(device)
         larger = torch.where(salient, second == positive, second ^ self._spread(self._swapped))
         middle, half = self.mid.detach() @ self._places, self.half.detach() @ self._places
-        beyond, within = (middle + half).maximum(middle + _CLEAR), (middle - half).minimum(middle - _CLEAR).clamp(min=0)
-        magnitude = torch.where(larger, beyond, within)
-        return torch.where(positive, magnitude, -magnitude)
+        sign = torch.where(positive, 1.0, -1.0)
+        magnitude = torch.where(larger, middle + half, middle - half) if hint is None else sign * hint.to(middle)
+        margin = (middle / 2).clamp(max=clear)
+        within = magnitude.clamp(margin, middle - margin)
+        beyond = magnitude.maximum(middle + clear)
+        return torch.copysign(torch.where(larger, beyond, within), sign)
 
     def _start_bits(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sign and second planes, bool [rows, cols], and the salient columns, bool [cols]."""
@@ -160,19 +150,49 @@ class TunedLinear:
         return mid, half
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply the Linear as the file will hold it to x [..., cols]."""
-        mid, half = self.stored_codes()
-        cols = None if self.col_scale is None else self.col_scale()
-        parts = x.flatten(0, -2), self.latent, mid, half, self.row_scale(), cols, self._places
-        y: Tensor = StoredProduct.apply(*parts)  # type: ignore[no-untyped-call]
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias()
+        """Apply the Linear as the file will hold it to x [..., cols]; returns the dtype of products."""
+        y = functional.linear(x.to(self.weight.dtype), self.weight)
+        return y if self.bias is None else y + self.bias().to(y.dtype)
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring scales that a step has carried out of the format's range back into it."""
+        """Bring scales that a step has carried out of the format's range back into it, and make the weight anew."""
         self.mid.clamp_(0, _MAX_CODE)
         self.half.copy_(self.half.clamp(min=0).minimum(self.mid).minimum(_MAX_CODE - self.mid))
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the weight: wanted whenever anything that it is made of has changed."""
+        mid, half = self.stored_codes()
+        weight = nearest_levels(self.latent, mid @ self._places, half @ self._places)
+        weight.mul_(self.row_scale()[:, None])
+        self.weight.copy_(weight if self.col_scale is None else weight.mul_(self.col_scale()))
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Hand the weight's gradient down to what it is made of.
+
+        That of a level goes straight to its latent; all others are exact, codes held fixed.
+        """
+        if self.weight.grad is None:
+            return
+        gradient = self.weight.grad.float()
+        self.weight.grad = None
+        share = gradient * self.weight
+        rows = self.row_scale()
+        self.row_scale.receive(share.sum(dim=1) / _not_zero(rows))
+        gradient.mul_(rows[:, None])
+        if self.col_scale is not None:
+            cols = self.col_scale()
+            self.col_scale.receive(share.sum(dim=0) / _not_zero(cols))
+            gradient.mul_(cols)
+        self.latent.grad = gradient
+        mid, _ = self.stored_codes()
+        side = torch.addmm(self.latent.abs(), mid, self._places, beta=-1)  # negative: the larger magnitude
+        signed = torch.copysign(gradient, gradient * self.latent, out=share)
+        self.mid.grad = signed @ self._places.T
+        self.half.grad = -(torch.copysign(signed, side.mul_(signed), out=side) @ self._places.T)
 
     @torch.no_grad()
     def pack(self) -> PackedLinear:

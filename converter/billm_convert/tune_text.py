@@ -1,16 +1,19 @@
 """The text that a model is tuned on: windows to train with, and a few from elsewhere to judge the result by."""
 
 import hashlib
+import random
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from billm_convert.calibration import CalibrationText, Tokens, draw_windows
+from billm_convert.calibration import CalibrationText
+from billm_format.errors import UsageError
+from billm_rt.texts import Text
 from billm_rt.tokenizer import Tokenizer
 
-HELD_OUT = 4  # windows
+HELD_OUT = 16  # windows
 _HELD_OUT_SHARE = 0.05  # of the text: its end
 
 
@@ -40,22 +43,40 @@ class TuningText:
 
 
 def draw_text(chosen: CalibrationText, tokenizer: Tokenizer, windows: int, seqlen: int, seed: int) -> TuningText:
-    """Draw `windows` windows of `seqlen` tokens to train on, and the others from a part of the text of their own."""
+    """Draw `windows` windows of `seqlen` tokens to train on, and the others from a part of the text of their own.
+
+    Raises UsageError with the numbers when the text is too short.
+    """
+    rng = random.Random(seed)
     training, held_out = _split(chosen)
-    parts: list[Tokens] = [
-        draw_windows(training, tokenizer, windows, seqlen, seed),
-        draw_windows(held_out, tokenizer, HELD_OUT, seqlen, seed),
-    ]
+    parts = [_cut(training, tokenizer, windows, seqlen, rng), _cut(held_out, tokenizer, HELD_OUT, seqlen, rng)]
     return TuningText(np.concatenate(parts))
 
 
-def _split(chosen: CalibrationText) -> tuple[CalibrationText, CalibrationText]:
+def _cut(text: Text, tokenizer: Tokenizer, windows: int, seqlen: int, rng: random.Random) -> NDArray[np.int64]:
+    """Return int64 [windows, seqlen]: the documents one after the other in random order; none twice before all once."""
+    encoded = [np.array(tokenizer.encode(document + text.joiner), np.int64) for document in text.documents]
+    tokens = sum(len(ids) for ids in encoded)
+    if tokens < seqlen:
+        raise UsageError(
+            f"{text.name}: a part of {tokens:,} tokens is too short to tune on in windows of {seqlen:,}; give "
+            f"--seqlen {max(2, tokens // 2)} or less, or a longer text"
+        )
+    rounds: list[NDArray[np.int64]] = []
+    while sum(len(found) for found in rounds) < windows:
+        whole = np.concatenate(rng.sample(encoded, len(encoded)))
+        rounds.append(whole[: len(whole) // seqlen * seqlen].reshape(-1, seqlen))
+    return np.concatenate(rounds)[:windows]
+
+
+def _split(chosen: CalibrationText) -> tuple[Text, Text]:
     """Return the text without its end, and its end."""
     if chosen.text is None:
         raise ValueError("a sampled text has no parts")
     text = chosen.text
     if len(text.documents) < 1 / _HELD_OUT_SHARE:  # one long file: cut it between two letters
-        text = replace(text, documents=tuple(text.joined), joiner="")
+        whole = text.joined
+        cut = round(len(whole) * (1 - _HELD_OUT_SHARE))
+        return replace(text, documents=(whole[:cut],), joiner=""), replace(text, documents=(whole[cut:],), joiner="")
     cut = round(len(text.documents) * (1 - _HELD_OUT_SHARE))
-    first, last = (replace(text, documents=part) for part in (text.documents[:cut], text.documents[cut:]))
-    return replace(chosen, text=first), replace(chosen, text=last)
+    return replace(text, documents=text.documents[:cut]), replace(text, documents=text.documents[cut:])

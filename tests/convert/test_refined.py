@@ -117,6 +117,16 @@ def test_linears_of_one_input_share_the_column_scale(seed: int) -> None:
     assert np.array_equal(first.packed.col_scale, wanted.numpy())
 
 
+def test_every_linear_can_have_blocks_of_its_own(seed: int) -> None:
+    weight, hessian = _problem(seed)
+    together = [weight, weight.flip(0)]
+    mixed = solve_refined(together, hessian, SETTINGS, block_sizes=[32, 64])
+    for index, block in enumerate((32, 64)):
+        alike = solve_refined(together, hessian, RefinedSettings(block))[index]
+        assert mixed[index].packed.block == block
+        assert _arrays(mixed[index].packed) == _arrays(alike.packed)
+
+
 def test_columns_of_zeros_have_a_scale_nonetheless(seed: int) -> None:
     weight, hessian = _problem(seed)
     weight[:, 5] = 0

@@ -106,3 +106,23 @@ def test_a_resumed_followed_stream_goes_on_the_same(family: str, tmp_path: Path,
     assert read[0].drift is not None
     assert read[1].drift is not None
     assert torch.equal(read[0].drift, read[1].drift)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quick_products_change_little_and_leave_no_trace(family: str, tmp_path: Path, seed: int) -> None:
+    source, hidden, rotary = _begin(tmp_path, family, seed)
+    original = DecoderBlock(source.config, source.layer(0), rotary)
+    block = DecoderBlock(source.config, {n: w * 0.9 for n, w in source.layer(0).items()}, rotary)
+    before = torch.get_float32_matmul_precision()
+    for group in zip(
+        *(
+            FollowedStream(source.config, hidden.clone(), 2, CPU, quick=quick).inputs(
+                block, original, lambda share: None
+            )
+            for quick in (False, True)
+        ),
+        strict=True,
+    ):
+        assert torch.get_float32_matmul_precision() == before
+        exact, quick = (inputs.hessian for inputs in group)
+        assert float((exact - quick).norm() / exact.norm()) < 0.02

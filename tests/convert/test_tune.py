@@ -40,7 +40,7 @@ def small(
 def test_tuning_brings_every_family_nearer_to_full_precision(
     family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=16, block_steps=6, model_steps=60))
+    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=256, block_steps=6, model_steps=80))
     report = convert(tmp_path / "model", tmp_path / "out.billm", options)
     assert report.tuning is not None
     before, after = report.tuning["kl_before"], report.tuning["kl_after"]
@@ -116,7 +116,9 @@ def test_too_little_memory_is_refused_before_the_work_begins(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=10**8, block_steps=0, model_steps=1))
-    with pytest.raises(DoesNotFitError, match=r"weights [\d.]+ \+ activations .*give --effort blocks"):
+    with pytest.raises(
+        DoesNotFitError, match=r"weights [\d.]+ \+ products [\d.]+ \+ activations .*give --effort blocks"
+    ):
         convert(tmp_path / "model", tmp_path / "out.billm", options)
 
 
@@ -135,7 +137,7 @@ def test_the_command_shows_progress_and_the_outcome(
     shown = capsys.readouterr()
     assert "tuned for 2 steps a block and 20 of the whole model: held-out KL" in shown.out
     assert shown.err.count("tuning blocks: error ") == 2
-    assert shown.err.count("tuning the model: KL ") == 2
+    assert shown.err.count("tuning the model: KL ") == 4
     assert " left" in shown.err
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from billm_convert.source import open_model
 from billm_convert.tune_block import BlockStart, TunedBlock
-from billm_convert.tune_linear import TunedLinear, Vector, nearest_levels
+from billm_convert.tune_linear import TunedLinear, Vector, in_steps, nearest_levels
 from billm_format.packing import PackedLinear, pack_bits
 
 CPU = torch.device("cpu")
@@ -127,12 +127,50 @@ def test_gradients_are_those_of_a_plain_reference(rng: np.random.Generator) -> N
     x = torch.randn(2, 5, 80, requires_grad=True)
     weight = torch.randn(2, 5, 6)
     parameters = everything(linear)
-    found = torch.autograd.grad((linear(x) * weight).sum(), [x, *parameters])
+    for share in (0.25, 0.75):  # a step may read its text in parts
+        (linear(x) * weight * share).sum().backward()
+    linear.collect()
+    found = [parameter.grad for parameter in (x, *parameters)]
     levels = torch.zeros(6, 80, requires_grad=True)
     output = plain_product(linear, x, start, levels)
     wanted = torch.autograd.grad((output * weight).sum(), [x, levels, *parameters[1:]])
     for name, one, other in zip(("x", "latent", "mid", "half", "row", "col", "bias"), found, wanted, strict=True):
+        assert one is not None
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()), msg=name)
+    assert linear.weight.grad is None
+
+
+def test_latents_begin_at_the_original_weight_where_its_code_allows(rng: np.random.Generator, seed: int) -> None:
+    start = random_linear(rng, 9, 80, 32)
+    assert start.col_scale is not None
+    original = torch.randn(9, 80, generator=torch.Generator().manual_seed(seed)) * 0.05
+    col_scale = Vector(start.col_scale, CPU, relative=True, half=True)
+    linear = TunedLinear(start, col_scale, CPU, hint=in_steps(original, start))
+    assert linear.pack().sign.tobytes() == start.sign.tobytes()
+    assert linear.pack().second.tobytes() == start.second.tobytes()
+    wanted, latent = in_steps(original, start), linear.latent.detach()
+    weight = latent * torch.from_numpy(start.row_scale).float()[:, None] * col_scale().detach()
+    torch.testing.assert_close(in_steps(weight, start), latent, rtol=1e-4, atol=1e-4)
+    middle = linear.stored_codes()[0].detach() @ linear._places
+    clear = (wanted.abs() > 0.25) & ((wanted.abs() - middle).abs() > 0.25) & (middle > 0.5)
+    same = (torch.signbit(wanted) == torch.signbit(latent)) & ((wanted.abs() > middle) == (latent.abs() > middle))
+    assert 0.1 < same.float().mean() < 0.9
+    torch.testing.assert_close(latent[clear & same], wanted[clear & same])
+    assert (latent != wanted)[~same].all()
+
+
+def test_products_in_16_bits_are_near_those_of_the_file(rng: np.random.Generator, seed: int) -> None:
+    start = random_linear(rng, 9, 80, 32)
+    assert start.col_scale is not None
+    linear = TunedLinear(start, Vector(start.col_scale, CPU, relative=True, half=True), CPU, torch.bfloat16)
+    shake(linear, seed)
+    packed = linear.pack()
+    x = torch.randn(12, 80).bfloat16()
+    assert packed.bias is not None
+    wanted = x.float() @ torch.from_numpy(packed.dequantize()).T + torch.from_numpy(packed.bias)
+    y = linear(x)
+    assert y.dtype == torch.bfloat16
+    assert float((y.detach().float() - wanted).norm() / wanted.norm()) < 0.01
 
 
 def test_a_column_scale_is_shared_or_refused(rng: np.random.Generator, tmp_path: Path, seed: int) -> None:

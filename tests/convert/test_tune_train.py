@@ -1,6 +1,7 @@
 """The losses and the schedule, and the text that is held out."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,18 +9,21 @@ import torch
 from convert.hf_models import save_model, write_text
 from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
 
+from billm_convert.block import attend
 from billm_convert.calibration import CalibrationText, choose_text
 from billm_convert.source import open_model
+from billm_convert.tune_block import plain_attention
 from billm_convert.tune_text import HELD_OUT, draw_text
-from billm_convert.tune_train import logit_distance, quick_products, rate_factor
+from billm_convert.tune_train import logit_distance, product_dtype, rate_factor
+from billm_format.errors import UsageError
 from billm_rt.texts import Text
 from billm_rt.tokenizer import Tokenizer
 
 
 def test_logit_distance_is_the_divergence_and_its_gradient(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(300, 24, generator=generator, requires_grad=True)  # several chunks, the last one short
-    wanted = torch.randn(300, 24, generator=generator)
+    hidden = torch.randn(600, 24, generator=generator, requires_grad=True)  # several chunks, the last one short
+    wanted = torch.randn(600, 24, generator=generator)
     head, wanted_head = torch.randn(50, 24, generator=generator), torch.randn(50, 24, generator=generator)
     found, gradient = logit_distance(hidden.detach(), wanted, head, wanted_head)
     loss = F.kl_div(
@@ -44,12 +48,16 @@ def test_rates_rise_then_fall() -> None:
     assert math.isclose(rate_factor(0, 100), 0.1)
 
 
-def test_quick_products_leave_no_trace() -> None:
-    before = torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), quick_products():
-        assert torch.get_float32_matmul_precision() == "medium"
-        raise KeyError
-    assert torch.get_float32_matmul_precision() == before
+def test_products_are_made_in_a_dtype_that_the_processor_has() -> None:
+    assert product_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(6, 2), (4, 4)])
+def test_plain_attention_is_torchs(heads: int, key_heads: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(3, n, 11, 16, generator=generator) for n in (heads, key_heads, key_heads))
+    wanted = attend(query, key, value, 0, None)
+    torch.testing.assert_close(plain_attention(query, key, value), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -77,3 +85,22 @@ def test_one_long_file_is_cut_before_its_end(tmp_path: Path, tokenizer: Tokenize
     for number, window in enumerate(text.tokens.tolist()):
         words = tokenizer.decode(window[1:-1]).strip("\N{REPLACEMENT CHARACTER}")  # a cut may fall within a letter
         assert words in (whole[cut:] if number in text.held_out else whole[:cut])
+
+
+def test_no_document_is_read_twice_before_all_have_been(tokenizer: Tokenizer, seed: int) -> None:
+    documents = tuple(chr(ord("a") + i % 26) * (20 + i) for i in range(40))
+    chosen = CalibrationText("t.jsonl", Text("t", documents, " "))
+    count = sum(len(tokenizer.encode(document + " ")) for document in documents[:38]) // 24
+    once = draw_text(chosen, tokenizer, count, 24, seed).tokens[:count]
+    encoded = [token for document in documents[:38] for token in tokenizer.encode(document + " ")]
+    left = Counter(encoded) - Counter(once.flatten().tolist())
+    assert once.size + left.total() == len(encoded)
+    again = draw_text(chosen, tokenizer, 2 * count, 24, seed).tokens
+    assert (again[:count] == once).all()
+    assert (again[count : 2 * count] != once).any()
+
+
+def test_a_text_too_short_to_tune_on_is_refused(tokenizer: Tokenizer) -> None:
+    chosen = CalibrationText("t.txt", Text("t", ("cat " * 30,), ""))
+    with pytest.raises(UsageError, match=r"too short to tune on in windows of 900; give --seqlen"):
+        draw_text(chosen, tokenizer, 3, 900, 0)
