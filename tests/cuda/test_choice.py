@@ -68,9 +68,9 @@ def test_a_gpu_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unavailable_reason(1) is None
 
 
-def test_auto_takes_a_gpu_and_else_the_cpu(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_a_gpu_and_else_the_cpu(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_device, "unavailable_reason", lambda index: None if index == 0 else "none such")
-    monkeypatch.setattr(cuda_device, "CupyDevice", lambda index: device)
+    monkeypatch.setattr(cuda_device, "CupyDevice", lambda index: emulated)
     for name in ("auto", "cuda", "cuda:0"):
         found = choose(name)
         assert isinstance(found, CudaBackend)
@@ -95,7 +95,7 @@ def test_a_command_without_a_gpu_ends_with_one_sentence(tmp_path: Path, capsys: 
     assert "--device cuda: " in error and "use --device cpu" in error and error.count("\n") == 1
 
 
-def test_heads_that_are_too_wide_are_refused(device: EmulatedDevice, tmp_path: Path) -> None:
+def test_heads_that_are_too_wide_are_refused(emulated: EmulatedDevice, tmp_path: Path) -> None:
     make_random_billm(tmp_path / "m.billm", tiny_config(head_dim=258), Quantization(block_size=32))
     with billm_rt.load(tmp_path / "m.billm", device="cpu") as model, pytest.raises(UsageError, match="258 elements"):
-        billm_rt.Model(model.file, CudaBackend(device))
+        billm_rt.Model(model.file, CudaBackend(emulated))
