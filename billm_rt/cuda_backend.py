@@ -32,7 +32,7 @@ class CudaBackend:
     """The operations that a model needs around its layers, and `DeviceLayers` for the layers."""
 
     isa = "cuda"
-    chunk = 1024  # many tokens share the unpacking of the weights
+    chunk = 512  # many tokens share the unpacking of the weights; their logits together stay some hundred megabytes
 
     def __init__(self, device: Device, index: int = 0) -> None:
         self.device = f"cuda:{index}"

@@ -150,7 +150,6 @@ class CupyDevice:
         (tokens, width), rows = x.shape, weight.shape[0]
         one, zero = np.ones((), np.float32), np.zeros((), np.float32)
         handle = self._device.cublas_handle
-        cublas.setStream(handle, self._cupy.cuda.get_current_stream().ptr)
         # cuBLAS counts columns first, so that out is its transpose there: [rows, tokens] = weight x^T.
         cublas.gemmEx(
             handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, rows, tokens, width,
