@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from billm_format.command import add_common_options, emit_json, run_command
 from billm_format.errors import UsageError
@@ -59,6 +60,12 @@ def random_linear(rng: np.random.Generator, rows: int, cols: int) -> PackedLinea
     salient = np.packbits(rng.random(stride * 8) < 0.1)
     scales = np.frombuffer(rng.bytes(rows * blocks * 4), np.uint8).reshape(rows, blocks, 4)
     return PackedLinear(rows, cols, BLOCK, sign, second, salient, scales, np.full(rows, 0.001, np.float16))
+
+
+def random_values(rows: int, cols: int) -> NDArray[np.float32]:
+    """Return normal values, a million of them over and over: what the arithmetic draws depends on its numbers."""
+    values = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+    return np.resize(values, (rows, cols))
 
 
 def file_bytes(linear: PackedLinear) -> int:
@@ -130,12 +137,14 @@ def copy_bandwidth(timer: Timer, nbytes: int = 1 << 30) -> float:
     return 2 * nbytes / timer.queue([copy])
 
 
-def cublas_time(timer: Timer, rows: int, cols: int, tokens: int, cache: int) -> float:
+def cublas_time(device: CupyDevice, timer: Timer, rows: int, cols: int, tokens: int, cache: int) -> float:
     """Return the time of cupy.matmul in float16."""
     import cupy
 
-    weights = [cupy.ones((rows, cols), np.float16) for _ in range(copies(2 * rows * cols, cache))]
-    x, out = cupy.ones((tokens, cols), np.float16), cupy.empty((tokens, rows), np.float16)
+    first = device.upload(random_values(rows, cols).astype(np.float16))
+    weights = [first, *(first.copy() for _ in range(copies(2 * rows * cols, cache) - 1))]
+    x = device.upload(random_values(tokens, cols).astype(np.float16))
+    out = cupy.empty((tokens, rows), np.float16)
     calls = [lambda weight=weight: cupy.matmul(x, weight.T, out=out) for weight in weights]
     return timer.queue(calls[:MOST_QUEUED])
 
@@ -145,7 +154,7 @@ def measure(device: CupyDevice, args: argparse.Namespace) -> Iterator[dict[str, 
     import cupy
 
     rng, timer = np.random.default_rng(0), Timer()
-    cache = int(cupy.cuda.Device().attributes["L2CacheSize"])
+    cache = int(cupy.cuda.runtime.getDeviceProperties(args.device)["l2CacheSize"])
     bandwidth = copy_bandwidth(timer)
     for name, rows, cols in SHAPES:
         if args.only not in name:
@@ -154,10 +163,11 @@ def measure(device: CupyDevice, args: argparse.Namespace) -> Iterator[dict[str, 
         nbytes = file_bytes(linear)
         groups = [LinearGroup(device, [linear]) for _ in range(copies(nbytes, cache))]
         for tokens in TOKENS:
-            baseline = cublas_time(timer, rows, cols, tokens, cache)
+            baseline = cublas_time(device, timer, rows, cols, tokens, cache)
             for dtype in (launch.Dtype.FLOAT16, launch.Dtype.FLOAT32):
                 numpy_dtype = np.float16 if dtype == launch.Dtype.FLOAT16 else np.float32
-                x, out = cupy.ones((tokens, cols), numpy_dtype), cupy.empty((tokens, rows), numpy_dtype)
+                x = device.upload(random_values(tokens, cols).astype(numpy_dtype))
+                out = cupy.empty((tokens, rows), numpy_dtype)
                 calls = [lambda group=group, x=x, out=out, d=dtype: group.multiply(x, d, out) for group in groups]
                 few = tokens < launch.DENSE_TOKENS
                 seconds = timer.graph(calls) if few else timer.queue(calls[:MOST_QUEUED])

@@ -94,6 +94,7 @@ class Backend(Protocol):
     device: str  # "cpu", "cuda:0"
     isa: str  # the instruction set or path in use: "avx2", "numpy", "exact", "cuda"
     reason: str  # why this back end was chosen, for people
+    activations: str  # what Linears multiply: "int16", "int8", "float32"
     chunk: (
         int  # tokens that pass through the decoder together: many share the unpacking of the weights, few take memory
     )

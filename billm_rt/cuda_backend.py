@@ -32,11 +32,12 @@ class CudaBackend:
     """The operations that a model needs around its layers, and `DeviceLayers` for the layers."""
 
     isa = "cuda"
+    activations = "float32"
     chunk = 512  # many tokens share the unpacking of the weights; their logits together stay some hundred megabytes
 
     def __init__(self, device: Device, index: int = 0) -> None:
         self.device = f"cuda:{index}"
-        self.reason = f"{device.name}, float32 activations"
+        self.reason = device.name
         self._device = device
         self._rotary: tuple[Any, Any] | None = None
 

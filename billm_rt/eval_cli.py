@@ -91,11 +91,11 @@ def _reader(args: argparse.Namespace) -> Iterator[tuple[Reader, dict[str, Any]]]
         return
     import billm_rt
 
-    activations = "float32" if args.exact else f"int{args.activation_bits}"
     with billm_rt.load(
         args.model, args.device, threads=args.threads, exact=args.exact, activation_bits=args.activation_bits
     ) as model:
-        yield BillmReader(model), {"device": model.device, "isa": model.isa, "activations": activations}
+        backend = model.backend
+        yield BillmReader(model), {"device": model.device, "isa": model.isa, "activations": backend.activations}
 
 
 @contextmanager

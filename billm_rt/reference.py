@@ -48,6 +48,7 @@ class ReferenceBackend:
     """Every operation of `Backend` in plain NumPy, float32 throughout."""
 
     device = "cpu"
+    activations = "float32"
     chunk = 1024  # every chunk dequantizes all weights again: few of them
 
     def __init__(self, isa: str, reason: str, kv_dtype: DTypeLike = np.float32) -> None:
