@@ -110,7 +110,7 @@ class LinearGroup:
             products = device.empty((tokens, most), np.float32)
             for first in range(0, linear.rows, most):
                 rows = min(most, linear.rows - first)
-                threads = launch.per_element(rows * launch.ceil_div(width, 32))
+                threads = launch.per_element(rows * width // 8)
                 numbers = map(np.int32, (first, rows, width, part.block))
                 device.launch(launch.UNPACK, threads, descriptor, levels, *numbers)
                 product = products.reshape(-1)[: tokens * rows].reshape(tokens, rows)
