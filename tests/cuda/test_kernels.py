@@ -210,6 +210,32 @@ def test_cache_and_attention(width: int, heads: int, kv_heads: int, device: Devi
         assert references.error(mixed, wanted.reshape(tokens, -1)) < 1e-4
 
 
+def test_the_cache_grows_and_an_interrupt_leaves_it_whole(emulated: EmulatedDevice, monkeypatch: Any) -> None:
+    cache = DeviceCache(tiny_config(num_hidden_layers=3, head_dim=20), 1000, emulated)
+    for layer, array in enumerate(cache.reserve(200)):
+        assert array.shape == (2, 2, 256, 24)
+        array[:, :, :200] = layer + 1
+    cache.commit([0] * 200)
+    zeros, asked = emulated.zeros, []
+
+    def interrupted(shape: Any, dtype: Any) -> Any:
+        asked.append(shape)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return zeros(shape, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(emulated, "zeros", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.reserve(100)
+    for layer, array in enumerate(cache.reserve(100)):
+        assert array.shape[2] == 512
+        assert (array[:, :, :200] == layer + 1).all() and not array[:, :, 200:].any()
+    assert len(cache) == cache.past[0] == 200
+    assert cache.nbytes == 3 * 2 * 2 * 512 * 24 * 2
+    assert cache.reserve(700)[0].shape[2] == 1000
+
+
 def test_what_the_device_would_not_forgive_is_an_error(emulated: EmulatedDevice, random_linear: RandomLinear) -> None:
     """The emulation itself: too little shared memory, a write outside an array."""
     group = LinearGroup(emulated, [random_linear(20, 128, 128)])
