@@ -104,7 +104,8 @@ def _report(model: "Model", prompt: "Speed", decode: "Speed", args: argparse.Nam
     mapped = bench.resident_part(model.file.path)
     in_file = model.file.nbytes if mapped is None else mapped
     per_token = bench.weight_bytes_per_token(model.file)
-    bandwidth = bench.read_bandwidth(cpu.threads())
+    on_cpu = model.device == "cpu"  # what follows of memory and threads is the machine's, not a GPU's
+    bandwidth = bench.read_bandwidth(cpu.threads()) if on_cpu else None
     return {
         "file": str(args.model),
         "file_bytes": model.file.nbytes,
@@ -119,12 +120,12 @@ def _report(model: "Model", prompt: "Speed", decode: "Speed", args: argparse.Nam
         "memory": {
             "file": in_file,
             "kv_cache": memory["kv_cache"],
-            "rest": memory["rss"] - in_file - memory["kv_cache"],
+            "rest": memory["rss"] - in_file - (memory["kv_cache"] if on_cpu else 0),
         },
         "weight_bytes_per_token": per_token,
         "read_bytes_per_s": bandwidth,
-        "bandwidth_share": per_token * decode.median / bandwidth,
-        "threads": cpu.threads(),
+        "bandwidth_share": per_token * decode.median / bandwidth if bandwidth else None,
+        "threads": cpu.threads() if on_cpu else None,
         **options.describe(model),
     }
 
@@ -143,18 +144,23 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     read = report["weight_bytes_per_token"]
     rate = read * report["decode_tokens_per_s"]
     yield "weights per token", f"{_bytes(read)}, so {rate / 1e9:.2f} GB/s while decoding"
-    limit = report["read_bytes_per_s"] / 1e9
-    yield (
-        "memory reads",
-        f"{limit:.2f} GB/s by the same threads: decoding reaches {report['bandwidth_share']:.0%} of it",
-    )
+    if report["read_bytes_per_s"] is not None:
+        limit = report["read_bytes_per_s"] / 1e9
+        share = f"decoding reaches {report['bandwidth_share']:.0%} of it"
+        yield "memory reads", f"{limit:.2f} GB/s by the same threads: {share}"
     memory = report["memory"]
-    parts = f"{_bytes(memory['file'])} file, {_bytes(memory['kv_cache'])} KV cache, {_bytes(memory['rest'])} rest"
-    yield "process, resident", f"{_bytes(report['resident_bytes'])}: {parts}"
+    parts = [
+        f"{_bytes(memory['file'])} file",
+        f"{_bytes(memory['kv_cache'])} KV cache",
+        f"{_bytes(memory['rest'])} rest",
+    ]
+    if report["device"] != "cpu":
+        yield "on the device", f"the weights again, {parts.pop(1)}"
+    yield "process, resident", f"{_bytes(report['resident_bytes'])}: {', '.join(parts)}"
     yield "load time", f"{report['load_seconds']:.3f} s"
     count = report["threads"]
-    threads = f"{count} thread{'s'[: count > 1]}"
-    yield "ran on", f"{report['device']} ({report['isa']}), {threads}, {report['activations']} activations"
+    threads = f"{count} thread{'s'[: count > 1]}, " if count else ""
+    yield "ran on", f"{report['device']} ({report['isa']}), {threads}{report['activations']} activations"
 
 
 def _speed(median: float, samples: Sequence[float]) -> str:

@@ -44,6 +44,7 @@ class CpuBackend(ReferenceBackend):
 
     def __init__(self, activation_bits: int = 16, kv_bits: int = 16) -> None:
         self._bits = activation_bits
+        self.activations = f"int{activation_bits}"
         why = cpu.unavailable_reason()
         reason = f"native kernels, {cpu.isa()}" if why is None else f"NumPy, right but many times slower: {why}"
         reason += f", {activation_bits}-bit activations"

@@ -34,11 +34,11 @@ class CudaBackend:
     isa = "cuda"
     activations = "float32"
     kv_type = "float16"
-    chunk = 1024  # many tokens share the unpacking of the weights
+    chunk = 512  # many tokens share the unpacking of the weights; their logits together stay some hundred megabytes
 
     def __init__(self, device: Device, index: int = 0) -> None:
         self.device = f"cuda:{index}"
-        self.reason = f"{device.name}, float32 activations"
+        self.reason = device.name
         self._device = device
         self._rotary: tuple[Any, Any] | None = None
 

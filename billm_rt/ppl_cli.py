@@ -275,7 +275,8 @@ def _cost_rows(report: dict[str, Any]) -> Iterator[Row]:
     yield _row("file size", lambda r: _bytes(r["file_bytes"]), report, other)
     yield "bits per weight", f"{bits['true']:.3f} true, {bits['paper']:.3f} by the paper's count", ""
     total = _bytes(other["weights_bytes"]) if other else ""
-    yield "weights in memory", f"{_bytes(memory['weights_total'])}, mapped from the file:", total
+    where = "mapped from the file" if report["device"] == "cpu" else f"mapped from the file, and on {report['device']}"
+    yield "weights in memory", f"{_bytes(memory['weights_total'])}, {where}:", total
     for kind, size in memory["weights"].items():
         if size:
             yield f"  {KINDS[kind]}", _bytes(size), ""

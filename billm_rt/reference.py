@@ -24,6 +24,7 @@ class ReferenceBackend:
     """Every operation of `Backend` in plain NumPy, float32 throughout."""
 
     device = "cpu"
+    activations = "float32"
     chunk = 1024  # every chunk dequantizes all weights again: few of them
 
     def __init__(self, isa: str, reason: str, kv_type: str = "float32") -> None:

@@ -30,12 +30,12 @@ class DeviceCache(KVCache):
 
     def reserve(self, count: int) -> list[Any]:
         """Grow until `count` more tokens fit and return every layer's array; `past` is up to date."""
-        capacity, needed = self._arrays[0].shape[2], len(self) + count
-        if needed > capacity:
-            capacity = min(self.ctx, max(needed, 2 * capacity, FIRST_CAPACITY))
-            for layer, old in enumerate(self._arrays):
+        held, needed = len(self), len(self) + count
+        for layer, old in enumerate(self._arrays):  # each on its own: an interrupt may fall between two
+            if needed > old.shape[2]:
+                capacity = min(self.ctx, max(needed, 2 * old.shape[2], FIRST_CAPACITY))
                 array = self._device.zeros((*old.shape[:2], capacity, old.shape[3]), np.float16)
-                array[:, :, : len(self)] = old[:, :, : len(self)]
+                array[:, :, :held] = old[:, :, :held]
                 self._arrays[layer] = array
-        self.past.fill(len(self))
+        self.past.fill(held)
         return self._arrays

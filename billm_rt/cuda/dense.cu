@@ -4,31 +4,29 @@
 #include "common.cuh"
 
 // levels[row, column] of rows first_row .. first_row + rows, [rows, width]; columns from linear.cols on are 0. A thread
-// makes 32 columns; width is a multiple of 8.
+// makes 8 columns, so that a warp writes 512 bytes side by side; width is a multiple of 8.
 __global__ void unpack(const Linear* linear_at, u16* levels, int first_row, int rows, int width, int block) {
     const Linear& linear = *linear_at;
-    int words = (width + 31) / 32;
+    int of_row = width / 8, row_words = (linear.cols + 31) / 32;
     size_t index = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (index >= size_t(rows) * words) return;
-    int row = index / words, word = index % words, row_words = (linear.cols + 31) / 32;
+    if (index >= size_t(rows) * of_row) return;
+    int row = index / of_row, start = index % of_row * 8, word = start / 32;
     size_t at = size_t(first_row + row) * row_words + word;
     u32 sign = linear.sign[at], second = linear.second[at], salient = linear.salient[word];
     u32 codes = linear.scales[size_t(first_row + row) * ((linear.cols + block - 1) / block) + word * 32 / block];
     float outer = float(codes >> 16 & 255), residual = float(codes >> 24);
     u16 concentrated = float_to_half(float(codes & 255)), sparse = float_to_half(float(codes >> 8 & 255));
     u16 less = float_to_half(fmaxf(outer - residual, 0.0f)), more = float_to_half(fminf(outer + residual, 255.0f));
-    u16* out = levels + size_t(row) * width + word * 32;
-    for (int start = 0; start < 32 && word * 32 + start < width; start += 8) {
-        u32 pair[4] = {};
-        for (int i = 0; i < 8; ++i) {
-            int bit = start + i;
-            u32 positive = sign >> bit & 1, other = second >> bit & 1;
-            u32 level = salient >> bit & 1 ? (positive == other ? more : less) : (other ? sparse : concentrated);
-            level = word * 32 + bit < linear.cols ? level | (positive ^ 1) << 15 : 0;
-            pair[i / 2] |= level << 16 * (i % 2);
-        }
-        *reinterpret_cast<uint4*>(out + start) = uint4{pair[0], pair[1], pair[2], pair[3]};
+    u32 pair[4] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        int bit = start % 32 + i;
+        u32 positive = sign >> bit & 1, other = second >> bit & 1;
+        u32 level = salient >> bit & 1 ? (positive == other ? more : less) : (other ? sparse : concentrated);
+        level = start + i < linear.cols ? level | (positive ^ 1) << 15 : 0;
+        pair[i / 2] |= level << 16 * (i % 2);
     }
+    *reinterpret_cast<uint4*>(levels + size_t(row) * width + start) = uint4{pair[0], pair[1], pair[2], pair[3]};
 }
 
 // rounded[token] = x[token] * col_scale as binary16 [tokens, width], by a power of two that undo[token] takes back; a

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -61,7 +62,7 @@ def unavailable_reason(index: int = 0) -> str | None:
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed (pip install 'billm-rt[cuda12]' or 'billm-rt[cuda13]')"
     try:
-        import cupy
+        cupy = import_module("cupy")
     except ImportError as error:
         return f"CuPy cannot be loaded: {str(error).strip().splitlines()[-1]}"
     try:
@@ -78,9 +79,7 @@ class CupyDevice:
     """One GPU. Work goes to the stream that is CuPy's current one when a method is called."""
 
     def __init__(self, index: int = 0) -> None:
-        import cupy
-
-        self._cupy = cupy
+        self._cupy = cupy = import_module("cupy")
         self._device = cupy.cuda.Device(index)
         self._device.use()
         properties = cupy.cuda.runtime.getDeviceProperties(index)
@@ -99,9 +98,8 @@ class CupyDevice:
         target = out.reshape(-1).view(np.uint8)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         if not self._staging:
-            import cupyx
-
-            self._staging = [(cupyx.empty_pinned(_STAGING_BYTES, np.uint8), cupy.cuda.Event()) for _ in range(2)]
+            empty_pinned = import_module("cupyx").empty_pinned
+            self._staging = [(empty_pinned(_STAGING_BYTES, np.uint8), cupy.cuda.Event()) for _ in range(2)]
         for start in range(0, data.size, _STAGING_BYTES):
             buffer, copied = self._staging[0]
             self._staging.reverse()
@@ -144,13 +142,11 @@ class CupyDevice:
 
     def multiply_halves(self, x: Any, weight: Any, out: Any) -> None:
         """out = x weight^T by cuBLAS, float16 products in float32 sums."""
-        from cupy_backends.cuda.libs import cublas
-
+        cublas = import_module("cupy_backends.cuda.libs").cublas
         half, single = self._cupy.cuda.runtime.CUDA_R_16F, self._cupy.cuda.runtime.CUDA_R_32F
         (tokens, width), rows = x.shape, weight.shape[0]
         one, zero = np.ones((), np.float32), np.zeros((), np.float32)
         handle = self._device.cublas_handle
-        cublas.setStream(handle, self._cupy.cuda.get_current_stream().ptr)
         # cuBLAS counts columns first, so that out is its transpose there: [rows, tokens] = weight x^T.
         cublas.gemmEx(
             handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, rows, tokens, width,

@@ -13,10 +13,12 @@
 // the column is of that class, else 0), times the activation rows, times two halves of a float32 x (x as binary16, and
 // what that leaves); where this does not fill all 8, blocks lie side by side, each lane of a row taking another one.
 //
-// What it costs, per 64 weights and lane (one word of two rows, one column tile): 64 AND, 2 LOP3, 4 shifts, 16 MMA, 4
-// loads from shared memory of b, a few of planes; per block, some 40 for the scales. That is about 1.9 instructions a
-// weight. An SM issues 128 lanes a clock; on an H100 (132 SMs, 1.7 GHz) 2.25 bits a weight at 3 TB/s are 47 weights a
-// clock and SM, 90 lanes: the instructions fit beside the memory with a quarter to spare.
+// What it costs, in a step of one float32 row at block 128 (two words of two rows and two planes: 128 weights a lane):
+// 128 AND, 32 MMA, 8 loads of 16 bytes from shared memory for b, 48 for the scales, and for addresses, loads and the
+// loop some 100; in all 315 in the machine code for sm_90, 2.5 a weight. An SM issues 128 lanes a clock, so 132 SMs at
+// 1.7 GHz reach 1.15e13 weights a second, at 2.25 bits 3.2 TB/s: what an H100's memory gives, and not much more. Three
+// quarters of its copy bandwidth leave a third of the issue slots free. The tensor cores do 2 MMA for 256 weights, a
+// quarter of what they can. In flight are 1.25 KiB a warp and step, one step ahead of the arithmetic, 24 warps an SM.
 //
 // Each thread block reads all activations (in chunks that fit shared memory) and owns 16-row tiles first_cta, first_cta
 // + ctas, ...; its warps share a tile as `slices` along the columns. Every sum has one fixed order.
@@ -221,16 +223,28 @@ __device__ __forceinline__ void flush(float (&y)[Shape::TILES][2], float* partia
     }
 }
 
-// Multiply all tiles of this thread block by the chunk of x that shared memory holds.
+// A chunk of columns of the tiles of this thread block, and how its warps share them.
+template <int BLOCK, class Shape> struct Chunk {
+    const Linear& linear;
+    int first_word, steps, slices, tiles, cta;
+
+    __device__ __forceinline__ void load(Planes<Shape::WORDS>& planes, int tile, int step) const {
+        int t = threadIdx.x % 4, row_words = (linear.cols + 31) / 32, num_blocks = (linear.cols + BLOCK - 1) / BLOCK;
+        int word = first_word + step * Shape::STEP + t * Shape::WORDS;
+        int block = first_word * WARP / BLOCK + step * Shape::SIDE + t / Shape::PAIRS;
+        load_planes<Shape>(planes, linear, cta + tile * linear.ctas, word, block, row_words, num_blocks);
+    }
+};
+
+// Multiply it by the x that shared memory holds; `next`: the planes of the first step of this warp.
 template <int SPLIT, int ROWS, int BLOCK, class Shape>
 __device__ __forceinline__ void multiply_chunk(
-    GemvShared<Shape>& shared, const Linear& linear, int first_word, int steps, int slices, int tiles, int cta
+    GemvShared<Shape>& shared, const Chunk<BLOCK, Shape>& chunk, Planes<Shape::WORDS> next
 ) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    int slice = warp % slices, groups = blockDim.x / WARP / slices;
-    if (slice >= steps) return;
-    int row_words = (linear.cols + 31) / 32, num_blocks = (linear.cols + BLOCK - 1) / BLOCK;
-    int first_block = first_word * WARP / BLOCK, side = t / Shape::PAIRS;
+    int slice = warp % chunk.slices, groups = blockDim.x / WARP / chunk.slices;
+    if (slice >= chunk.steps) return;
+    int side = t / Shape::PAIRS;
     // Column g of b belongs to the block that this lane reads, or is 0 for it.
     bool mine = g / 2 / Shape::PAIRS == side && g / 2 % Shape::PAIRS < Shape::GROUPS;
     const u32* b[Shape::TILES];
@@ -241,20 +255,13 @@ __device__ __forceinline__ void multiply_chunk(
     }
     int b_stride = mine ? B_WORDS : 0;
     int group = min(t % Shape::PAIRS, Shape::GROUPS - 1); // a pair of columns that is not used stays 0
-    auto load = [&](Planes<Shape::WORDS>& planes, int tile, int step) {
-        int word = first_word + step * Shape::STEP + t * Shape::WORDS;
-        int block = first_block + step * Shape::SIDE + side;
-        load_planes<Shape>(planes, linear, cta + tile * linear.ctas, word, block, row_words, num_blocks);
-    };
     float y[Shape::TILES][2] = {};
-    int tile = warp / slices, step = slice;
-    Planes<Shape::WORDS> next;
-    if (tile < tiles) load(next, tile, step);
-    while (tile < tiles) {
+    int tile = warp / chunk.slices, step = slice;
+    while (tile < chunk.tiles) {
         Planes<Shape::WORDS> planes = next;
-        int next_step = step + slices, next_tile = tile;
-        if (next_step >= steps) next_step = slice, next_tile += groups;
-        if (next_tile < tiles) load(next, next_tile, next_step); // on its way while this step is computed
+        int next_step = step + chunk.slices, next_tile = tile;
+        if (next_step >= chunk.steps) next_step = slice, next_tile += groups;
+        if (next_tile < chunk.tiles) chunk.load(next, next_tile, next_step); // on its way while this one is computed
         int word = step * Shape::STEP + t * Shape::WORDS;
         const u32* at[Shape::TILES];
 #pragma unroll
@@ -262,7 +269,7 @@ __device__ __forceinline__ void multiply_chunk(
         const float4* blocks = shared.blocks + (step * Shape::SIDE + side) * Shape::GROUPS + group;
         multiply_step<Shape>(y, planes, at, b_stride, shared.salient + word, blocks);
         if (next_tile != tile) {
-            flush<SPLIT, ROWS, Shape>(y, shared.partial + (slice * tiles + tile) * TILE_ROWS * ROWS);
+            flush<SPLIT, ROWS, Shape>(y, shared.partial + (slice * chunk.tiles + tile) * TILE_ROWS * ROWS);
         }
         tile = next_tile, step = next_step;
     }
@@ -290,6 +297,9 @@ __global__ void __launch_bounds__(GEMV_THREADS, GemvShape<SPLIT, ROWS, BLOCK>::R
     if (threadIdx.x < 16) shared.zero[threadIdx.x] = 0;
     for (int first = 0; first < row_words; first += chunk_words) {
         int steps = (min(chunk_words, row_words - first) + Shape::STEP - 1) / Shape::STEP;
+        Chunk<BLOCK, Shape> chunk{linear, first, steps, slices, tiles, cta};
+        Planes<Shape::WORDS> planes;
+        chunk.load(planes, warp / slices, warp % slices); // on its way while x is prepared
         __syncthreads(); // the chunk before has been read
         for (int i = threadIdx.x; i < steps * Shape::STEP; i += blockDim.x) {
             shared.salient[i] = first + i < row_words ? linear.salient[first + i] : 0;
@@ -302,7 +312,7 @@ __global__ void __launch_bounds__(GEMV_THREADS, GemvShape<SPLIT, ROWS, BLOCK>::R
             );
         }
         __syncthreads();
-        multiply_chunk<SPLIT, ROWS, BLOCK>(shared, linear, first, steps, slices, tiles, cta);
+        multiply_chunk<SPLIT, ROWS>(shared, chunk, planes);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < partials; i += blockDim.x) {

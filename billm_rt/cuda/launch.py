@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,6 +111,7 @@ def gemv_shapes() -> Iterator[GemvShape]:
                     yield shape
 
 
+@cache
 def gemv_shape(tokens: int, split: int, block: int) -> GemvShape:
     """Return the smallest shape for so many tokens, or the largest there is: the rest then wants another launch."""
     shapes = [shape for shape in gemv_shapes() if shape.split == split and shape.block == block]
@@ -131,6 +133,7 @@ class GemvPlan(NamedTuple):
     shared: int  # bytes
 
 
+@cache
 def gemv_plan(shape: GemvShape, cols: int, tiles: int, limit: int) -> GemvPlan:
     """Return the plan with the fewest steps of the busiest warp; `tiles` are those of the busiest thread block.
 

@@ -71,13 +71,14 @@ class LinearGroup:
         self._tensors.append(self._device.upload(array))
         return self._tensors[-1]
 
-    def multiply(self, x: Any, dtype: Dtype = Dtype.FLOAT32) -> Any:
-        """Return W x + bias of all Linears [tokens, rows]; x [tokens, cols], contiguous, of the same dtype.
+    def multiply(self, x: Any, dtype: Dtype = Dtype.FLOAT32, out: Any = None) -> Any:
+        """Return W x + bias of all Linears [tokens, rows], in `out` if given; x [tokens, cols], contiguous.
 
-        bfloat16 goes in and out as uint16. Float32 sums; a float32 x counts with 22 bits for few tokens, with 11 for
-        many.
+        Both of one dtype; bfloat16 goes in and out as uint16. Float32 sums; a float32 x counts with 22 bits for few
+        tokens, with 11 for many.
         """
-        out = self._device.empty((x.shape[0], self.rows), x.dtype)
+        if out is None:
+            out = self._device.empty((x.shape[0], self.rows), x.dtype)
         for part in self._parts:
             if x.shape[0] < launch.DENSE_TOKENS:
                 self._multiply_few(part, x, out, dtype)
@@ -109,7 +110,7 @@ class LinearGroup:
             products = device.empty((tokens, most), np.float32)
             for first in range(0, linear.rows, most):
                 rows = min(most, linear.rows - first)
-                threads = launch.per_element(rows * launch.ceil_div(width, 32))
+                threads = launch.per_element(rows * width // 8)
                 numbers = map(np.int32, (first, rows, width, part.block))
                 device.launch(launch.UNPACK, threads, descriptor, levels, *numbers)
                 product = products.reshape(-1)[: tokens * rows].reshape(tokens, rows)

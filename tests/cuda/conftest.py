@@ -1,6 +1,7 @@
-"""The kernels on the emulated device, compiled once for all tests; random Linears in the file's layout."""
+"""The devices that kernels are tested on, emulated and real; random Linears in the file's layout."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from cuda.emulator import EmulatedDevice, compiler
 
 from billm_format.layout import num_blocks, row_bytes
 from billm_format.packing import PackedLinear
+from billm_rt.cuda.device import CupyDevice, Device
 from billm_rt.cuda.launch import all_kernels
 
 RandomLinear = Callable[..., PackedLinear]
@@ -21,11 +23,27 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> EmulatedDevice:
     return EmulatedDevice(tmp_path_factory.mktemp("kernels"), all_kernels())
 
 
+class PoisonedGpu(CupyDevice):
+    """A GPU whose fresh memory is NaN."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return memory full of what nobody should read."""
+        array = super().empty(shape, dtype)
+        array.reshape(-1).view(np.uint8).fill(0xFF)
+        return array
+
+
 @pytest.fixture
-def device(compiled: EmulatedDevice) -> Iterator[EmulatedDevice]:
+def emulated(compiled: EmulatedDevice) -> Iterator[EmulatedDevice]:
     """The emulated device; afterwards nothing must have been written outside its arrays."""
     yield compiled
     compiled.check_margins()
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Device:
+    """Both devices in turn."""
+    return PoisonedGpu() if request.param == "gpu" else request.getfixturevalue("emulated")
 
 
 @pytest.fixture

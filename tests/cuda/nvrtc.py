@@ -14,6 +14,10 @@ _USED = re.compile(
 )
 
 
+# What CuPy adds (subnormal float32 are 0), and the report.
+OPTIONS = (b"--std=c++17", b"-ftz=true", b"--device-as-default-execution-space", b"--ptxas-options=-v")
+
+
 @dataclass(frozen=True)
 class Usage:
     """What ptxas says of one kernel."""
@@ -46,7 +50,7 @@ class Nvrtc:
         try:
             for expression in expressions:
                 self._call("AddNameExpression", program, expression.encode())
-            options = [b"--std=c++17", f"--gpu-architecture={arch}".encode(), b"--ptxas-options=-v"]
+            options = [*OPTIONS, f"--gpu-architecture={arch}".encode()]
             listed = (ctypes.c_char_p * len(options))(*options)
             failed = self._library.nvrtcCompileProgram(program, len(options), listed)
             log = self._bytes(program, "ProgramLog").rstrip(b"\0").decode()

@@ -1,6 +1,7 @@
 """Which back end `--device` chooses, and what it says where there is no GPU; no GPU is needed to ask."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,7 +14,7 @@ from random_model import make_random_billm, tiny_config
 import billm_rt
 from billm_format.config import Quantization
 from billm_format.errors import UsageError
-from billm_rt import ppl_cli
+from billm_rt import bench_cli, ppl_cli
 from billm_rt.backend import choose
 from billm_rt.cuda import device as cuda_device
 from billm_rt.cuda_backend import CudaBackend
@@ -68,13 +69,13 @@ def test_a_gpu_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unavailable_reason(1) is None
 
 
-def test_auto_takes_a_gpu_and_else_the_cpu(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_a_gpu_and_else_the_cpu(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_device, "unavailable_reason", lambda index: None if index == 0 else "none such")
-    monkeypatch.setattr(cuda_device, "CupyDevice", lambda index: device)
+    monkeypatch.setattr(cuda_device, "CupyDevice", lambda index: emulated)
     for name in ("auto", "cuda", "cuda:0"):
         found = choose(name)
         assert isinstance(found, CudaBackend)
-        assert (found.device, found.isa, found.reason) == ("cuda:0", "cuda", "emulated, float32 activations")
+        assert (found.device, found.isa, found.reason) == ("cuda:0", "cuda", "emulated")
     with pytest.raises(UsageError, match="--device cuda:1: none such; use --device cpu"):
         choose("cuda:1")
     with pytest.raises(UsageError, match="--kv-bits 8: on a GPU the KV cache has 16 bits"):
@@ -97,7 +98,25 @@ def test_a_command_without_a_gpu_ends_with_one_sentence(tmp_path: Path, capsys: 
     assert "--device cuda: " in error and "use --device cpu" in error and error.count("\n") == 1
 
 
-def test_heads_that_are_too_wide_are_refused(device: EmulatedDevice, tmp_path: Path) -> None:
+def test_heads_that_are_too_wide_are_refused(emulated: EmulatedDevice, tmp_path: Path) -> None:
     make_random_billm(tmp_path / "m.billm", tiny_config(head_dim=258), Quantization(block_size=32))
     with billm_rt.load(tmp_path / "m.billm", device="cpu") as model, pytest.raises(UsageError, match="258 elements"):
-        billm_rt.Model(model.file, CudaBackend(device))
+        billm_rt.Model(model.file, CudaBackend(emulated))
+
+
+def test_billm_bench_on_a_gpu_says_nothing_of_the_processor(
+    emulated: EmulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda_device, "unavailable_reason", lambda index: None)
+    monkeypatch.setattr(cuda_device, "CupyDevice", lambda index: emulated)
+    make_random_billm(tmp_path / "m.billm")
+    arguments = [str(tmp_path / "m.billm"), "--device", "cuda:2", "--prompt", "9", "--gen", "2", "--repeat", "1"]
+    assert bench_cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "cuda:2 (cuda), float32 activations" in out
+    assert "on the device        the weights again, 0.0 MB KV cache" in out
+    assert "thread" not in out and "memory reads" not in out
+    assert bench_cli.main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["device"], report["threads"], report["bandwidth_share"]) == ("cuda:2", None, None)
+    assert report["memory"]["kv_cache"] > 0

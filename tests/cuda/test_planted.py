@@ -71,10 +71,10 @@ def test_a_planted_error_shows(
     kernels: list[Kernel],
     true: str,
     planted: str,
-    device: EmulatedDevice,
+    emulated: EmulatedDevice,
     random_linear: RandomLinear,
     rng: np.random.Generator,
     tmp_path: Path,
 ) -> None:
-    assert check(device, random_linear, rng) < 1e-4
+    assert check(emulated, random_linear, rng) < 1e-4
     assert not check(EmulatedDevice(tmp_path, kernels, [(true, planted)]), random_linear, rng) < 1e-2

@@ -1,0 +1,146 @@
+"""`CupyDevice` against a CuPy made of NumPy: what it hands over, in which order, and what it makes of errors."""
+
+import ctypes
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from billm_format.errors import DoesNotFitError
+from billm_rt.cuda import device as cuda_device
+from billm_rt.cuda.device import CupyDevice
+from billm_rt.cuda.launch import Kernel, Size
+
+
+class Array(np.ndarray):
+    """A NumPy array with the parts of a CuPy array that are used."""
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    def set(self, values: np.ndarray, stream: Any = None) -> None:
+        self[...] = values
+
+
+class OutOfMemoryError(Exception):
+    """As CuPy's."""
+
+
+class Cublas(ModuleType):
+    """gemmEx as BLAS defines it: matrices column by column."""
+
+    CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT = 0, 1, 68, -1
+
+    def gemmEx(self, handle: int, ta: int, tb: int, m: int, n: int, k: int, *rest: Any) -> None:  # noqa: N802
+        alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, algorithm = rest
+        assert (a_type, b_type, c_type, compute, algorithm) == (2, 2, 0, 68, -1)
+        assert (scalar(alpha), scalar(beta)) == (1, 0)
+        left = columns(a, np.float16, lda, m if ta else k).T if ta else columns(a, np.float16, lda, k)
+        right = columns(b, np.float16, ldb, k if tb else n).T if tb else columns(b, np.float16, ldb, n)
+        columns(c, np.float32, ldc, n)[:m] = left[:m, :k].astype(np.float32) @ right[:k, :n].astype(np.float32)
+
+
+def columns(address: int, dtype: Any, leading: int, count: int) -> np.ndarray:
+    """Return the matrix [leading, count] that lies at an address column by column."""
+    nbytes = leading * count * np.dtype(dtype).itemsize
+    memory = (ctypes.c_ubyte * nbytes).from_address(address)
+    return np.frombuffer(memory, dtype).reshape(count, leading).T
+
+
+def scalar(address: int) -> float:
+    """Return the float32 at an address."""
+    return ctypes.c_float.from_address(address).value
+
+
+class Function:
+    """A compiled kernel that records its launches."""
+
+    max_dynamic_shared_size_bytes = 48 << 10
+
+    def __init__(self) -> None:
+        self.launches: list[Any] = []
+
+    def __call__(self, grid: Any, block: Any, values: Any, *, shared_mem: int) -> None:
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        self.launches.append((grid, block, values, shared_mem))
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The stand-in for CuPy; `modules` lists what was compiled."""
+    module: Any = ModuleType("cupy")
+    module.modules = []
+
+    def compiled(*, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]) -> Any:
+        module.modules.append((code, options, name_expressions, Function()))
+        return SimpleNamespace(get_function=lambda name: module.modules[-1][3] if name in name_expressions else None)
+
+    properties = {"name": b"A GPU", "multiProcessorCount": 7, "sharedMemPerMultiprocessor": 102400}
+    module.RawModule = compiled
+    module.empty = lambda shape, dtype: np.full(shape, 0x55, dtype).view(Array)
+    module.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(Array)
+    module.asnumpy = np.asarray
+    module.cuda = SimpleNamespace(
+        Device=lambda index: SimpleNamespace(use=lambda: None, cublas_handle=1, mem_info=(5_000_000, 80_000_000)),
+        Event=lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
+        get_current_stream=lambda: None,
+        memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+        runtime=SimpleNamespace(getDeviceProperties=lambda index: properties, CUDA_R_16F=2, CUDA_R_32F=0),
+    )
+    cupyx: Any = ModuleType("cupyx")
+    cupyx.empty_pinned = np.empty
+    libraries: Any = ModuleType("cupy_backends.cuda.libs")
+    libraries.cublas = Cublas("cublas")
+    for name, value in (("cupy", module), ("cupyx", cupyx), ("cupy_backends.cuda.libs", libraries)):
+        monkeypatch.setitem(sys.modules, name, value)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.int64])
+@pytest.mark.parametrize("count", [0, 1, 99, 100, 101, 700])
+def test_uploads_in_pieces(
+    dtype: Any, count: int, cupy: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_device, "_STAGING_BYTES", 100)
+    array = rng.integers(0, 100, (count, 3)).astype(dtype)
+    array.flags.writeable = False  # as a view of the file is
+    device = CupyDevice()
+    uploaded = device.upload(array)
+    assert (uploaded.dtype, uploaded.shape) == (array.dtype, array.shape)
+    assert np.array_equal(device.download(uploaded), array)
+
+
+def test_a_kernel_is_compiled_once_and_gets_its_arguments(cupy: Any) -> None:
+    device = CupyDevice()
+    assert (device.name, device.multiprocessors, device.shared_per_multiprocessor) == ("A GPU", 7, 102400)
+    array = device.zeros((3,), np.float32)
+    for shared in (16, 60000):
+        size = Size((4, 5, 6), 64, shared)
+        device.launch(Kernel("decoder.cu", "add"), size, array, None, np.uint64(3))
+    ((code, options, names, function),) = cupy.modules
+    assert "#include" not in code and "void add(" in code
+    assert (options, names) == (("--std=c++17",), ("add",))
+    grid, block, (first, second, third), shared = function.launches[-1]
+    assert (grid, block, shared) == ((4, 5, 6), (64, 1, 1), 60000)
+    assert first is array and type(second) is np.uintp and second == 0 and type(third) is np.uint64
+
+
+def test_the_product_of_halves_has_the_right_operands(cupy: Any, rng: np.random.Generator) -> None:
+    device = CupyDevice()
+    x, weight = (rng.integers(-9, 9, shape).astype(np.float16) for shape in ((5, 8), (3, 8)))
+    out = device.empty((5, 3), np.float32)
+    device.multiply_halves(device.upload(x), device.upload(weight), out)
+    assert np.array_equal(out, x.astype(np.float32) @ weight.astype(np.float32).T)
+
+
+def test_no_memory_is_said_with_what_is_there(cupy: Any) -> None:
+    def full(shape: Any, dtype: Any) -> Any:
+        raise OutOfMemoryError("Out of memory allocating 9 bytes")
+
+    device = CupyDevice()
+    cupy.empty = full
+    with pytest.raises(DoesNotFitError, match=r"allocating 9 bytes; 5 MB of 80 MB are free: take a smaller --ctx"):
+        device.empty((9,), np.uint8)
