@@ -16,9 +16,10 @@
 // What it costs, in a step of one float32 row at block 128 (two words of two rows and two planes: 128 weights a lane):
 // 128 AND, 32 MMA, 8 loads of 16 bytes from shared memory for b, 48 for the scales, and for addresses, loads and the
 // loop some 100; in all 315 in the machine code for sm_90, 2.5 a weight. An SM issues 128 lanes a clock, so 132 SMs at
-// 1.7 GHz reach 1.15e13 weights a second, at 2.25 bits 3.2 TB/s: what an H100's memory gives, and not much more. Three
-// quarters of its copy bandwidth leave a third of the issue slots free. The tensor cores do 2 MMA for 256 weights, a
-// quarter of what they can. In flight are 1.25 KiB a warp and step, one step ahead of the arithmetic, 24 warps an SM.
+// 1.7 GHz reach 1.15e13 weights a second at the most, at 2.25 bits 3.2 TB/s. At 2.2 TB/s, about three quarters of what
+// an H100 copies, two thirds of the issue slots are taken; the tensor cores, at 2 MMA for 256 weights, then do 560
+// multiply-adds a clock and SM, of 2,048. Eight float32 rows take four times as many, and are bound by them. In flight
+// are 1.25 KiB a warp and step, one step ahead of the arithmetic, from 24 warps an SM.
 //
 // Each thread block reads all activations (in chunks that fit shared memory) and owns 16-row tiles first_cta, first_cta
 // + ctas, ...; its warps share a tile as `slices` along the columns. Every sum has one fixed order.
@@ -40,11 +41,11 @@ template <int SPLIT, int ROWS, int BLOCK> struct GemvShape {
     static constexpr int WORDS = SIDE * BLOCK / 128;           // of a row and a plane, per lane and step
     static constexpr int STEP = 4 * WORDS;                     // words of a row in a step
     static constexpr int RESIDENT = TILES == 1 ? 3 : TILES == 2 ? 2 : 1; // thread blocks an SM: 80, 128, 255 registers
-    static_assert(WORDS == 1 || WORDS == 2, "load_words reads one or two");
+    static_assert(WORDS == 1 || WORDS == 2, "load_planes reads one or two");
     static_assert(TILES <= 4, "more sums than registers: launch several times");
 };
 
-// Shared memory, in 32-bit words. `gemv_shared_bytes` in launch.py adds up the same.
+// Shared memory, in 32-bit words. `GemvShape.shared_bytes` in launch.py adds up the same.
 template <class Shape> struct GemvShared {
     Linear* linear;  // here, not in registers
     u32* b;          // [GROUPS, 2 classes, class_words]
