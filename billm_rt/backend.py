@@ -150,9 +150,9 @@ def choose(
 ) -> Backend:
     """Return the back end for `device` ("auto", "cpu", "cuda" or "cuda:N"); UsageError names what is not there.
 
-    "auto" is the first GPU that can be used, else the CPU. `exact` takes the float32 NumPy path; else the CPU computes
-    with integer activations of `activation_bits` and a KV cache of `kv_bits` (8 or 16), by the native kernels where
-    they can be loaded.
+    "auto" is the CPU: the GPU back end is to be asked for until it has been measured on a card. `exact` takes the
+    float32 NumPy path; else the CPU computes with integer activations of `activation_bits` and a KV cache of `kv_bits`
+    (8 or 16), by the native kernels where they can be loaded.
     """
     for name, bits in (("activation bits", activation_bits), ("KV cache bits", kv_bits)):
         if bits not in (8, 16):
@@ -167,23 +167,23 @@ def choose(
         from billm_rt.reference import ReferenceBackend
 
         return ReferenceBackend("exact", "float32 NumPy, slow: the exact path was asked for")
-    return (None if device == "cpu" else _cuda(device, kv_bits)) or _cpu(threads, activation_bits, kv_bits)
+    if device.startswith("cuda"):
+        return _cuda(device, kv_bits)
+    return _cpu(threads, activation_bits, kv_bits)
 
 
-def _cuda(device: str, kv_bits: int) -> Backend | None:
+def _cuda(device: str, kv_bits: int) -> Backend:
     from billm_rt.cuda.device import CupyDevice, unavailable_reason
 
     index = int(device.partition(":")[2] or 0)
     why = unavailable_reason(index)
-    if why is None:
-        from billm_rt.cuda_backend import CudaBackend
+    if why is not None:
+        raise UsageError(f"--device {device}: {why}; use --device cpu")
+    if kv_bits != 16:
+        raise UsageError("--kv-bits 8: on a GPU the KV cache has 16 bits; leave the option out or use --device cpu")
+    from billm_rt.cuda_backend import CudaBackend
 
-        if kv_bits != 16:
-            raise UsageError("--kv-bits 8: on a GPU the KV cache has 16 bits; leave the option out or use --device cpu")
-        return CudaBackend(CupyDevice(index), index)
-    if device == "auto":
-        return None
-    raise UsageError(f"--device {device}: {why}; use --device cpu")
+    return CudaBackend(CupyDevice(index), index)
 
 
 def _cpu(threads: int | None, activation_bits: int, kv_bits: int) -> Backend:

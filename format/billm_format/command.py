@@ -34,7 +34,9 @@ def add_common_options(parser: argparse.ArgumentParser, *, json_output: bool = T
 def add_model_options(parser: argparse._ActionsContainer, *, exact: bool) -> None:
     """Add --threads, --device, --activation-bits and --kv-bits (and --exact) to a parser or a group of one."""
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (now: cpu), cpu, cuda or cuda:N (default: auto)"
+    )
     parser.add_argument(
         "--activation-bits",
         type=int,

@@ -69,18 +69,17 @@ def test_a_gpu_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unavailable_reason(1) is None
 
 
-def test_auto_takes_a_gpu_and_else_the_cpu(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_taken_where_it_is_asked_for(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_device, "unavailable_reason", lambda index: None if index == 0 else "none such")
     monkeypatch.setattr(cuda_device, "CupyDevice", lambda index: emulated)
-    for name in ("auto", "cuda", "cuda:0"):
+    for name in ("cuda", "cuda:0"):
         found = choose(name)
         assert isinstance(found, CudaBackend)
         assert (found.device, found.isa, found.reason) == ("cuda:0", "cuda", "emulated")
     with pytest.raises(UsageError, match="--device cuda:1: none such; use --device cpu"):
         choose("cuda:1")
     with pytest.raises(UsageError, match="--kv-bits 8: on a GPU the KV cache has 16 bits"):
-        choose("auto", kv_bits=8)
-    monkeypatch.setattr(cuda_device, "unavailable_reason", lambda index: "none at all")
+        choose("cuda", kv_bits=8)
     assert choose("auto").device == choose("cpu").device == "cpu"
 
 

@@ -49,10 +49,10 @@ def test_logits_of_every_family(
         cache: Any = model.new_cache()
         parts = [model.forward(part, cache, logits="all") for part in np.split(tokens, [1, 4, 14])]
         # Keys and values are binary16, and so are the activations of the many.
-        assert relative(np.concatenate(parts), wanted) < 2e-3
+        assert relative(np.concatenate(parts), wanted) < 4e-3
         assert cache.tokens == tokens.tolist()
         cache.truncate(13)
-        assert relative(model.forward(tokens[13:17], cache, logits="all"), wanted[13:17]) < 2e-3
+        assert relative(model.forward(tokens[13:17], cache, logits="all"), wanted[13:17]) < 4e-3
 
 
 def greedy(model: billm_rt.Model, prompt: list[int], count: int) -> list[int]:
