@@ -253,11 +253,11 @@ def load(
     """Open a `.billm` file and return the model; weights stay mapped, nothing is unpacked.
 
     `device`: "auto" (the CPU, until the GPU back end is proven), "cpu", "cuda" or "cuda:N". `threads`: of the native
-    kernels (default: their own choice). `exact`: float32 NumPy instead of integer activations, very slow. `ctx`: context
-    length in tokens (default: the model's, at most 4096). On the CPU, `activation_bits`: 16, all but exact, or 8, faster
-    (see `cpu_backend`); `kv_bits`: 16, or 8 for half the memory of the KV cache (not with `exact`, which keeps float32).
-    Raises UsageError on bad arguments, a missing file or a device that is not there, and CorruptFileError on a damaged
-    file.
+    kernels (default: their own choice). `exact`: float32 NumPy instead of integer activations, very slow. `ctx`:
+    context length in tokens (default: the model's, at most 4096). On the CPU, `activation_bits`: 16, all but exact, or
+    8, faster (see `cpu_backend`); `kv_bits`: 16, or 8 for half the memory of the KV cache (not with `exact`, which
+    keeps float32). Raises UsageError on bad arguments, a missing file or a device that is not there, and
+    CorruptFileError on a damaged file.
     """
     begun = time.perf_counter()
     backend = choose(device, exact=exact, threads=threads, activation_bits=activation_bits, kv_bits=kv_bits)
