@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         choices=EMBEDDING_BITS,
         default=default.embedding_bits,
-        help="bits of embeddings and head; 4: a smaller file, quicker, a few percent of perplexity worse "
+        help="bits of embeddings and head; 4: a smaller file, quicker, some percent of perplexity worse "
         "(default: %(default)s)",
     )
     data = parser.add_argument_group("calibration")

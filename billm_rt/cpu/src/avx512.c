@@ -16,7 +16,11 @@ void billm_avx512_quantize(const float *x, const float *col_scale, size_t cols, 
  *
  * An index of that table, for blocks of at least 128 columns: the salient bit as bit 3, q as any one of bits 0 to 2, so
  * that three vectors of q pass before it must be shifted. Smaller blocks need the room for their units: bits 2 and 3
- * number the unit, bit 1 is the salient bit, bit 0 is q. */
+ * number the unit, bit 1 is the salient bit, bit 0 is q.
+ *
+ * A last slab of at most 64 columns (widths like 576) would waste half of it all: there two rows share a lane, 8 bytes
+ * each, and the activations lie there twice. Its index: the second row as bit 3, the salient bit as bit 2, q as bit 0 or
+ * 1. */
 enum { GROUP_ROWS = 16, SLAB_COLS = 128, SLAB_BYTES = SLAB_COLS / 8, LOW = 0, HIGH, MINUS_LOW, MINUS_HIGH, DIGITS };
 
 struct slab {
@@ -73,6 +77,24 @@ static size_t slabs_of(const struct billm_weight *w) {
     return (w->cols + SLAB_COLS - 1) / SLAB_COLS;
 }
 
+static int ends_with_half(const struct billm_weight *w) {
+    return w->block >= SLAB_COLS && w->cols % SLAB_COLS && w->cols % SLAB_COLS <= SLAB_COLS / 2;
+}
+
+/* Make room for a second row in every lane. */
+static void halve_slab(struct slab *slab) {
+    enum { HALF = SLAB_BYTES / 2 };
+    for (size_t k = 0; k < 8; k++) {
+        for (size_t digit = 0; digit < DIGITS; digit++)
+            memcpy(slab->digits[digit][k] + HALF, slab->digits[digit][k], HALF);
+        for (size_t i = 0; i < HALF; i++) {
+            slab->index[k][i] = slab->index[k][i] >> 1; /* the salient bit, so far bit 3 */
+            slab->index[k][HALF + i] = slab->index[k][i] | 8;
+        }
+    }
+    memcpy(slab->salient + HALF, slab->salient, HALF);
+}
+
 static void prepare_binary(const struct billm_weight *w, const int16_t *x, struct slab *slab) {
     for (size_t col = 0; col < w->cols; col += SLAB_COLS, slab++) {
         const int16_t *values = x + col;
@@ -87,6 +109,8 @@ static void prepare_binary(const struct billm_weight *w, const int16_t *x, struc
         }
         prepare_slab(values, salient, w->block < SLAB_COLS, slab);
     }
+    if (ends_with_half(w))
+        halve_slab(slab - 1);
 }
 
 /* Sixteen rows of a matrix of bytes; a short group repeats its last one. */
@@ -183,6 +207,48 @@ BILLM_INLINE void slab_sums(const __m512i sign[4], const __m512i second[4], cons
         sums[a] = bits == 8 ? low[a] : _mm512_add_epi32(low[a], _mm512_slli_epi32(high[a], 8));
 }
 
+/* Sums of a half slab: lane i is row i. Rows 4 l + a and 4 l + a + 2 share lane l of vector a. */
+BILLM_INLINE __m512i half_sums(const __m512i sign[4], const __m512i second[4], const __m512i magnitudes[4],
+                               size_t block, const struct slab *x, int bits) {
+    const char m = (char)(4 * (block % 4)), none = -1;
+    const __m128i eight = _mm_setr_epi8(m, m + 1, m + 1, none, m + 2, m + 3, m + 3, none, none, none, none, none, none,
+                                        none, none, none);
+    const __m512i first = _mm512_broadcast_i32x4(eight);
+    const __m512i other = _mm512_broadcast_i32x4(_mm_shuffle_epi32(eight, 0x4e)); /* the halves exchanged */
+    const __m512i salient = broadcast(x->salient);
+    __m512i s[2], q[2], table[2], low[2], high[2];
+#pragma GCC unroll 2
+    for (int a = 0; a < 2; a++) {
+        s[a] = _mm512_unpacklo_epi64(sign[a], sign[a + 2]);
+        q[a] = _mm512_ternarylogic_epi64(_mm512_unpacklo_epi64(second[a], second[a + 2]), salient, s[a], 0xb4);
+        table[a] = _mm512_or_si512(_mm512_shuffle_epi8(magnitudes[a], first),
+                                   _mm512_shuffle_epi8(magnitudes[a + 2], other));
+        low[a] = high[a] = _mm512_setzero_si512();
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
+        const __m512i bit = _mm512_set1_epi8((char)(1 << k)), q_bit = _mm512_set1_epi8((char)(1 << k % 2));
+        const __m512i index = broadcast(x->index[k]);
+        const __m512i plus_low = broadcast(x->digits[LOW][k]), minus_low = broadcast(x->digits[MINUS_LOW][k]);
+        const __m512i plus_high = broadcast(x->digits[HIGH][k]), minus_high = broadcast(x->digits[MINUS_HIGH][k]);
+#pragma GCC unroll 2
+        for (int a = 0; a < 2; a++) {
+            if (k && k % 2 == 0)
+                q[a] = _mm512_srli_epi16(q[a], 2);
+            __m512i magnitude = _mm512_shuffle_epi8(table[a], _mm512_ternarylogic_epi64(q[a], q_bit, index, 0xea));
+            __mmask64 plus = _mm512_test_epi8_mask(s[a], bit);
+            low[a] = _mm512_dpbusd_epi32(low[a], magnitude, _mm512_mask_blend_epi8(plus, minus_low, plus_low));
+            if (bits != 8)
+                high[a] = _mm512_dpbusd_epi32(high[a], magnitude, _mm512_mask_blend_epi8(plus, minus_high, plus_high));
+        }
+    }
+#pragma GCC unroll 2
+    for (int a = 0; a < 2 && bits != 8; a++)
+        low[a] = _mm512_add_epi32(low[a], _mm512_slli_epi32(high[a], 8));
+    __m512i rows01 = _mm512_unpacklo_epi32(low[0], low[1]), rows23 = _mm512_unpackhi_epi32(low[0], low[1]);
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(rows01, rows23), _mm512_unpackhi_epi64(rows01, rows23));
+}
+
 /* acc = acc + scale * sum, two roundings. */
 static inline __m512 step(__m512 acc, float scale, __m512i sum) {
     return _mm512_add_ps(acc, _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(sum)));
@@ -210,6 +276,7 @@ BILLM_INLINE void prefetch(const struct rows *rows, size_t from, size_t bytes) {
 BILLM_INLINE void gemv(const struct billm_weight *w, const struct slab *x, int small_blocks, int bits,
                        const float *x_scale, size_t row, size_t end, float *acc) {
     const size_t slabs = slabs_of(w), units_per_block = w->block / BILLM_UNIT;
+    const size_t whole = slabs - (size_t)(!small_blocks && ends_with_half(w)); /* slabs that are no half ones */
     enum { PLANE_BYTES = GROUP_ROWS * SLAB_BYTES };
     const size_t scale_bytes = GROUP_ROWS * 4 * SLAB_COLS / w->block;
     for (; row < end; row += GROUP_ROWS) {
@@ -232,6 +299,11 @@ BILLM_INLINE void gemv(const struct billm_weight *w, const struct slab *x, int s
                 for (int a = 0; a < 4; a++)
                     magnitudes[a] = billm_magnitudes512(magnitudes[a]);
                 loaded = block + 4;
+            }
+            if (slab >= whole) {
+                sum = _mm512_add_epi32(sum, half_sums(sign, second, magnitudes, block, x + slab, bits));
+                total = step(total, x_scale[block], sum);
+                break;
             }
             const __m512i control = table_of(block, w->block);
 #pragma GCC unroll 4

@@ -21,6 +21,7 @@ enum {
     WEIGHTS_PER_TASK = 1 << 15, /* about a microsecond of work: handing out less costs more than it gains */
     TOKENS_PER_TASK = 16,       /* packed by one task */
     MAX_ROWS = 256,             /* rows whose sums wait together for their epilogue */
+    TASKS_PER_THREAD = 4,       /* most of them in decoding: each costs a turn of a cache line between the threads */
     ROW_STEP = 16               /* decoding computes rows by so many */
 };
 
@@ -274,15 +275,36 @@ static void gemm_task(void *context, size_t index) {
 
 /* ---- products ---- */
 
-static void run_tasks(struct job *job, void (*task)(void *, size_t), size_t rows_per_task) {
+/* Number the tasks; returns how many there are. */
+static size_t cut_tasks(struct job *job, size_t rows_per_task) {
     size_t tasks = 0;
     job->rows_per_task = rows_per_task;
     for (size_t i = 0; i < job->count; i++) {
         job->first_task[i] = tasks;
-        tasks += (job->products[i].weight->rows + rows_per_task - 1) / rows_per_task;
+        tasks += ((uint32_t)job->products[i].weight->rows + (uint32_t)rows_per_task - 1) / (uint32_t)rows_per_task;
     }
     job->first_task[job->count] = tasks;
-    billm_pool_run(task, job, tasks);
+    return tasks;
+}
+
+/* Rows of a task of decoding, such that threads that are equally quick are done at the same time, or nearly: nine tasks
+ * keep one of two waiting. */
+static size_t even_rows(struct job *job, size_t rows) {
+    const uint32_t threads = (uint32_t)billm_pool_threads(), all = (uint32_t)rows;
+    const size_t fewest = billm_round_up((WEIGHTS_PER_TASK + job->cols - 1) / job->cols, ROW_STEP);
+    size_t best = 0, least = (size_t)-1;
+    if (threads == 1)
+        return billm_round_up(rows, ROW_STEP);
+    for (uint32_t each = 1; each <= TASKS_PER_THREAD; each++) {
+        const size_t even = billm_round_up((all + each * threads - 1) / (each * threads), ROW_STEP);
+        const size_t size = even > fewest ? even : fewest;
+        const size_t longest = ((uint32_t)cut_tasks(job, size) + threads - 1) / threads * size;
+        if (longest <= least) { /* of equals the smaller tasks, which even out what else the machine does */
+            least = longest;
+            best = size;
+        }
+    }
+    return best;
 }
 
 /* Scratch for the tables of a job, and `size` bytes more, aligned to 64; NULL if memory runs out. */
@@ -311,10 +333,7 @@ static int run_gemv(struct job *job) {
         job->prepared[i] = prepared;
         prepared += billm_round_up(job->isa->prepared_bytes(w), 64);
     }
-    /* Eight tasks a thread even out what else the machine does. */
-    size_t shares = 8 * (size_t)billm_pool_threads();
-    size_t even = (rows + shares - 1) / shares, fewest = (WEIGHTS_PER_TASK + job->cols - 1) / job->cols;
-    run_tasks(job, gemv_task, billm_round_up(even > fewest ? even : fewest, ROW_STEP));
+    billm_pool_run(gemv_task, job, cut_tasks(job, even_rows(job, rows)));
     return 0;
 }
 
@@ -337,7 +356,7 @@ static int run_gemm(struct job *job) {
         memcpy(job->panel_scales, x->scales + job->first_token * job->blocks,
                job->tokens * job->blocks * sizeof(float));
         billm_pool_run(pack_task, job, (job->tokens + TOKENS_PER_TASK - 1) / TOKENS_PER_TASK);
-        run_tasks(job, gemm_task, job->isa->tile_rows);
+        billm_pool_run(gemm_task, job, cut_tasks(job, job->isa->tile_rows));
     }
     return 0;
 }

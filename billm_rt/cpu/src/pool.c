@@ -23,8 +23,10 @@ static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* who may run tasks an
 static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t work_came = PTHREAD_COND_INITIALIZER, work_done = PTHREAD_COND_INITIALIZER;
 
-static _Atomic uint64_t ticket = NO_TASK;
-static _Atomic size_t task_count, tasks_done;
+/* A cache line for what every task changes, one for what every thread changes once a run, one for what none does. */
+static _Alignas(64) _Atomic uint64_t ticket = NO_TASK;
+static _Alignas(64) _Atomic size_t tasks_done;
+static _Alignas(64) _Atomic size_t task_count;
 static void (*_Atomic task)(void *, size_t);
 static void *_Atomic context;
 static atomic_int sleepers, caller_sleeps, stopping;
@@ -48,25 +50,27 @@ static int64_t now(void) {
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-/* Take tasks of the current run until none is left. */
+/* Take tasks of the current run until none is left, then report them: until then the run cannot end. */
 static void work(void) {
     uint64_t seen = atomic_load(&ticket);
+    size_t done = 0, count;
     for (;;) {
-        size_t count = atomic_load(&task_count);
+        count = atomic_load(&task_count);
         void (*run)(void *, size_t) = atomic_load(&task);
         void *with = atomic_load(&context);
         size_t index = (size_t)(seen & NO_TASK);
         if (index >= count)
-            return;
+            break;
         if (!atomic_compare_exchange_weak(&ticket, &seen, seen + 1))
             continue;
         run(with, index);
-        if (atomic_fetch_add(&tasks_done, 1) + 1 == count && atomic_load(&caller_sleeps)) {
-            pthread_mutex_lock(&sleep_lock);
-            pthread_cond_signal(&work_done);
-            pthread_mutex_unlock(&sleep_lock);
-        }
+        done++;
         seen = atomic_load(&ticket);
+    }
+    if (done && atomic_fetch_add(&tasks_done, done) + done == count && atomic_load(&caller_sleeps)) {
+        pthread_mutex_lock(&sleep_lock);
+        pthread_cond_signal(&work_done);
+        pthread_mutex_unlock(&sleep_lock);
     }
 }
 
