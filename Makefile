@@ -33,7 +33,7 @@ demo: $(DEMO)/.model
 	$(BIN)/billm-convert $(DEMO)/SmolLM2-135M-Instruct.gguf $(DEMO)/smollm2.billm --calib pydoc --force
 	$(BIN)/billm-info $(DEMO)/smollm2.billm --verify
 	$(BIN)/billm-ppl $(DEMO)/smollm2.billm --seqlen 512 --windows 8 --against $(DEMO)/SmolLM2-135M-Instruct.gguf
-	$(BIN)/billm-chat $(DEMO)/smollm2.billm --max-tokens 48 --prompt "What is the capital of France?"
+	$(BIN)/billm-chat $(DEMO)/smollm2.billm --max-tokens 60 --seed 1 --prompt "Explain how a for loop works in Python."
 
 # Everything that needs no GPU, the minutes-long tests included.
 test: $(READY)
