@@ -13,7 +13,7 @@ from billm_format.errors import UsageError
 from billm_rt.texts import Text
 from billm_rt.tokenizer import Tokenizer
 
-HELD_OUT = 16  # windows
+HELD_OUT = 8  # windows
 _HELD_OUT_SHARE = 0.05  # of the text: its end
 
 
