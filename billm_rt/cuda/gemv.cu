@@ -17,7 +17,7 @@
 // 128 AND, 32 MMA, 8 loads of 16 bytes from shared memory for b, 48 for the scales, and for addresses, loads and the
 // loop some 100; in all 315 in the machine code for sm_90, 2.5 a weight. An SM issues 128 lanes a clock, so 132 SMs at
 // 1.7 GHz reach 1.15e13 weights a second at the most, at 2.25 bits 3.2 TB/s. At 2.2 TB/s, about three quarters of what
-// an H100 copies, two thirds of the issue slots are taken; the tensor cores, at 2 MMA for 256 weights, then do 560
+// an H100 copies, two thirds of what it can issue is taken; the tensor cores, at 2 MMA for 256 weights, then do 560
 // multiply-adds a clock and SM, of 2,048. Eight float32 rows take four times as many, and are bound by them. In flight
 // are 1.25 KiB a warp and step, one step ahead of the arithmetic, from 24 warps an SM.
 //
