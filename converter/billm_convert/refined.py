@@ -13,8 +13,7 @@ from torch import Tensor
 from billm_convert.binarize import MAX_CODE, row_step
 from billm_convert.hessian import InverseFactor, factor_inverse
 from billm_convert.salient import salience, select_columns
-from billm_convert.solved import SolvedLinear, check_problem, relative_errors, weight_error
-from billm_format.config import BLOCK_SIZES
+from billm_convert.solved import SolvedLinear, SolverSettings, check_problem, relative_errors, weight_error
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear, pack_bits
 
@@ -28,26 +27,16 @@ _MAGNITUDES = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, -1), (0, 0, 1, 1))
 
 
 @dataclass(frozen=True)
-class RefinedSettings:
+class RefinedSettings(SolverSettings):
     """What can be chosen; the defaults are what README.md measures."""
 
-    block_size: int = 128
-    min_salient: int = 3  # of each block's columns
-    max_salient: int = 30
-    damp: float = 0.05  # lambda as a share of mean(diag H)
+    damp: float = 0.05  # more than the paper's
     sweeps: int = 4
     follow: float = 0.5  # how far the weights make up for drifted inputs
 
     def __post_init__(self) -> None:
         """Raise UsageError unless the numbers can be used."""
-        if self.block_size not in BLOCK_SIZES:
-            raise UsageError(f"block size {self.block_size}: wanted one of {', '.join(map(str, BLOCK_SIZES))}")
-        if not 0 <= self.min_salient <= self.max_salient:
-            raise UsageError(
-                f"salient columns per block: wanted 0 <= fewest <= most, found {self.min_salient}, {self.max_salient}"
-            )
-        if not 0 <= self.damp <= 1:
-            raise UsageError(f"dampening {self.damp:g}: wanted a share of the mean diagonal, 0 to 1")
+        super().__post_init__()
         if self.sweeps < 1:
             raise UsageError(f"sweeps: wanted 1 or more (the first one rounds the scales), found {self.sweeps}")
 

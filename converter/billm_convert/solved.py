@@ -5,8 +5,30 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """What every recipe leaves to choose; the defaults are the paper's."""
+
+    block_size: int = 128
+    min_salient: int = 3  # of each block's columns
+    max_salient: int = 30
+    damp: float = 0.01  # lambda as a share of mean(diag H)
+
+    def __post_init__(self) -> None:
+        """Raise UsageError unless the numbers can be used."""
+        if self.block_size not in BLOCK_SIZES:
+            raise UsageError(f"block size {self.block_size}: wanted one of {', '.join(map(str, BLOCK_SIZES))}")
+        if not 0 <= self.min_salient <= self.max_salient:
+            raise UsageError(
+                f"salient columns per block: wanted 0 <= fewest <= most, found {self.min_salient}, {self.max_salient}"
+            )
+        if not 0 <= self.damp <= 1:
+            raise UsageError(f"dampening {self.damp:g}: wanted a share of the mean diagonal, 0 to 1")
 
 
 @dataclass(frozen=True)

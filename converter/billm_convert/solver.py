@@ -10,38 +10,21 @@ from torch import Tensor
 from billm_convert.binarize import BlockCodes, binarize_block, row_step
 from billm_convert.hessian import factor_inverse
 from billm_convert.salient import salience, select_columns
-from billm_convert.solved import Searches, SolvedLinear, check_problem, relative_errors
+from billm_convert.solved import Searches, SolvedLinear, SolverSettings, check_problem, relative_errors
 from billm_convert.split import Breakpoint, sparse_group
-from billm_format.config import BLOCK_SIZES
-from billm_format.errors import UsageError
 from billm_format.layout import ALPHA_C, ALPHA_O, ALPHA_R, ALPHA_S
 from billm_format.packing import PackedLinear, pack_bits
 
 
 @dataclass(frozen=True)
-class PaperSettings:
-    """What the paper leaves to choose; the defaults are its own. From `breakpoint` on: for comparisons and pictures."""
+class PaperSettings(SolverSettings):
+    """What the paper leaves to choose, and from `breakpoint` on what serves comparisons and pictures."""
 
-    block_size: int = 128
-    min_salient: int = 3  # of each block's columns
-    max_salient: int = 30
-    damp: float = 0.01  # lambda as a share of mean(diag H)
     breakpoint: Breakpoint = "magnitude"  # "percentile": deciles of the weights instead of tenths of the largest one
     search_on: Literal["weights", "salience"] = "weights"  # "salience": both searches on S, as the authors' code does
     compensation: Literal["quotient", "exact", "none"] = "quotient"  # "quotient": Algorithm 1, line 12
     splitting: bool = True  # False: one group of non-salient weights
     keep_searches: bool = False  # return what the searches saw
-
-    def __post_init__(self) -> None:
-        """Raise UsageError unless the numbers can be used."""
-        if self.block_size not in BLOCK_SIZES:
-            raise UsageError(f"block size {self.block_size}: wanted one of {', '.join(map(str, BLOCK_SIZES))}")
-        if not 0 <= self.min_salient <= self.max_salient:
-            raise UsageError(
-                f"salient columns per block: wanted 0 <= fewest <= most, found {self.min_salient}, {self.max_salient}"
-            )
-        if not 0 <= self.damp <= 1:
-            raise UsageError(f"dampening {self.damp:g}: wanted a share of the mean diagonal, 0 to 1")
 
 
 def solve_linear(weight: Tensor, hessian: Tensor, settings: PaperSettings | None = None) -> SolvedLinear:
