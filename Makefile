@@ -39,7 +39,7 @@ demo: $(DEMO)/.model
 test: $(READY)
 	$(PYTEST)
 
-# What a developer runs all the time: a minute and a half on two cores.
+# What a developer runs all the time: two minutes on two cores.
 quick: $(READY)
 	$(PYTEST) -q -m "not slow"
 
