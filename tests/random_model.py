@@ -143,7 +143,11 @@ def random_tensors(config: ModelConfig, quantization: Quantization, seed: int) -
     for layer in range(config.num_hidden_layers):
         for linear, (_, cols, _) in config.linears().items():
             columns[f"layers.{layer}.{linear}"] = cols
-    return {spec.name: _random_tensor(rng, spec, config, columns) for spec in specs}
+    tensors = {spec.name: _random_tensor(rng, spec, config, columns) for spec in specs}
+    if quantization.embedding_bits == 4:  # a step is a byte of its own, and a code of four bits goes to 8
+        for name in {"embed.scale", "head.scale"} & tensors.keys():
+            tensors[name] = (tensors[name] / 5).astype(np.float16)
+    return tensors
 
 
 def _random_tensor(
