@@ -118,10 +118,10 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"two models were given, {args.model} and {args.model_option}: give one")
     if args.raw and (args.system or args.system_file):
         raise UsageError("--raw has no chat template, so nothing that could carry --system")
+    session = _session(args)  # first: a model that is not there is what to say, whatever standard input holds
     prompt = _one_shot_prompt(args)
     if prompt is None and args.json:
         raise UsageError("--json wants a question: give --prompt, --file, or text on standard input")
-    session = _session(args)
     if prompt is None:
         _chat(session, args)
     elif args.json:

@@ -95,6 +95,7 @@ def test_closed_pipe_is_quiet(model: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["NONE", "-p", "x"], 2, "no such file"),
+        (["NONE"], 2, "no such file"),
         (["CUT", "-p", "x"], 3, "bytes"),
         ([], 2, "which model"),
         (["MODEL", "-p", " "], 2, "empty"),
