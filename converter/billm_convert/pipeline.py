@@ -171,7 +171,7 @@ class Conversion:
         """Return how many blocks are finished already; None: the file itself is."""
         old = work.state()
         if old is not None and self.settings.resume:
-            _check_same(old.get("fingerprint"), state["fingerprint"], work.path)
+            work.check_same(old.get("fingerprint"), state["fingerprint"])
             illustrate.check_free(self.folder, replace=old.get("report") == state["report"])
             finished = work.finished_blocks()
             self.say(f"going on after {finished} of {self.config.num_hidden_layers} blocks")
@@ -479,23 +479,6 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"{out} is a folder; give the name of the file to write")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: there is no folder {out.parent}; make it first")
-
-
-def _check_same(old: object, new: dict[str, Any], folder: Path) -> None:
-    """Raise UsageError naming what differs between the run that is resumed and this one."""
-    if not isinstance(old, dict):
-        raise UsageError(f"{folder} was not written by this version; pass --force to start over")
-    for key in sorted({*old, *new}):
-        if old.get(key) != new.get(key):
-            if key == "model files":
-                what = "the model's files have changed"
-            elif isinstance(new.get(key), int | float | str) and len(str(new.get(key))) < 60:
-                what = f"{key} was {old.get(key)} and is {new.get(key)} now"
-            else:
-                what = f"the {key} is another one now"
-            raise UsageError(
-                f"{folder} belongs to a different conversion: {what}; undo that, or pass --force to start over"
-            )
 
 
 def _versions() -> dict[str, str]:

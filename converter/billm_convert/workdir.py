@@ -93,6 +93,22 @@ class WorkFolder:
             raise UsageError(f"{self.path} holds files that are not billm-convert's ({strangers[0]}); move them away")
         self._write(_STATE, json.dumps(state).encode())
 
+    def check_same(self, old: object, new: Mapping[str, Any]) -> None:
+        """Raise UsageError naming what differs between the run that is resumed and this one."""
+        if not isinstance(old, dict):
+            raise UsageError(f"{self.path} was not written by this version; pass --force to start over")
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                if key == "model files":
+                    what = "the model's files have changed"
+                elif isinstance(new.get(key), int | float | str) and len(str(new.get(key))) < 60:
+                    what = f"{key} was {old.get(key)} and is {new.get(key)} now"
+                else:
+                    what = f"the {key} is another one now"
+                raise UsageError(
+                    f"{self.path} belongs to a different conversion: {what}; undo that, or pass --force to start over"
+                )
+
     def remove(self) -> None:
         """Delete the folder. The state goes first: whatever a kill leaves behind then counts as nothing."""
         self._removed = True

@@ -63,3 +63,11 @@ def fix_hash(raw: bytes) -> bytes:
         return raw
     digits = hashlib.sha256(before + mark + b"0" * 64 + after[64:]).hexdigest()
     return before + mark + digits.encode() + after[64:]
+
+
+def swap_fields(field: str, first: str, second: str) -> Callable[[Forge], None]:
+    def change(forge: Forge) -> None:
+        a, b = forge.entries[first], forge.entries[second]
+        a[field], b[field] = b[field], a[field]
+
+    return change
