@@ -71,8 +71,8 @@ def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int, factor: int)
     kept = 16 * config.hidden_size + 8 * config.intermediate_size  # values of a token in a block, for the gradient
     of_blocks = min(effort.windows, effort.block_steps * STEP_WINDOWS)
     return {
-        "weights": 4 * 4 * weights,  # latent, gradient, two moments
-        "products": 2 * factor * weights,  # what they read, and its gradient
+        "weights": 4 * 4 * weights * effort.codes,  # latent, gradient, two moments
+        "products": (1 + effort.codes) * factor * weights,  # what they read, and its gradient
         "activations": factor * seqlen * (PASS_WINDOWS if whole else STEP_WINDOWS) * layers * kept,
         "heads": 2 * factor * config.vocab_size * config.embedding_size * whole,
         # Of full precision, and a copy in 16 bits of its last; those that tuned blocks read, and their targets.
@@ -82,7 +82,7 @@ def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int, factor: int)
 
 def check_tuning_memory(plan: dict[str, int], device: torch.device) -> None:
     """Raise DoesNotFitError, with the sum, when the plan of `tuning_memory` exceeds the memory that is free."""
-    advice = "give --effort blocks, which trains one block at a time, or another recipe"
+    advice = "give --effort vectors (codes stay) or blocks (one block at a time), or another recipe"
     if device.type == "cpu":
         _compare_memory(plan, psutil.virtual_memory().available, "memory", advice)
         return

@@ -112,7 +112,7 @@ class Tuning:
         names = self._work.block_names(layer, kind)
         tensors = {name: self._work.block_tensor(layer, name, kind) for name in names}
         start = block_start(self._config, self._quantization, layer, tensors)
-        if start.hints:
+        if start.hints or not self._effort.codes:
             return start
         weights = self._source.layer(layer)
         hints = {name: in_steps(weights[f"{name}.weight"], linear) for name, linear in start.linears.items()}
@@ -235,7 +235,10 @@ class Tuning:
         The state is saved every few steps, and taken up where it was saved last.
         """
         tables, rotary = self._tables(stored=True), self._rotary(text)
-        model = TunedModel(self._config, self._blocks(), tables, rotary, self._device, self._products, _MODEL_CLEAR)
+        codes = self._effort.codes
+        model = TunedModel(
+            self._config, self._blocks(), tables, rotary, self._device, self._products, _MODEL_CLEAR, codes=codes
+        )
         inputs = self._first_inputs(text, stored=True)
         heads = self._head(stored=True), self._head(stored=False)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from billm_convert.block import DecoderBlock, KeyValues, Rotary, finish, input_groups
-from billm_convert.tune_linear import CLEAR, TunedLinear, Vector
+from billm_convert.tune_linear import CLEAR, ScaledLinear, TunedLinear, Vector
 from billm_format.config import ModelConfig, Quantization
 from billm_format.packing import PackedLinear
 
@@ -105,11 +105,13 @@ class TunedBlock(QuickBlock):
         device: torch.device,
         products: torch.dtype = torch.float32,
         clear: float = CLEAR,
+        *,
+        codes: bool = True,
     ) -> None:
-        """Begin exactly at `start`; `products` and `clear` are for `TunedLinear`."""
+        """Begin exactly at `start`; `products` and `clear` are for `TunedLinear`. Without `codes`: `ScaledLinear`s."""
         super().__init__(config, {}, rotary, products)
         self.norms = {name: norm_vector(name, value, device) for name, value in start.norms.items()}
-        self.linears: dict[str, TunedLinear] = {}
+        self.linears: dict[str, TunedLinear | ScaledLinear] = {}
         self._col_scales: list[Vector] = []
         for names in input_groups(config).values():
             shared = _shared_col_scale([start.linears[name] for name in names], device)
@@ -117,7 +119,10 @@ class TunedBlock(QuickBlock):
                 self._col_scales.append(shared)
             for name in names:
                 linear = start.linears[name]
-                self.linears[name] = TunedLinear(linear, shared, device, products, start.hints.get(name), clear)
+                if codes:
+                    self.linears[name] = TunedLinear(linear, shared, device, products, start.hints.get(name), clear)
+                else:
+                    self.linears[name] = ScaledLinear(linear, shared, device, products)
 
     def forward(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
         """Run x [batch, tokens, hidden] through the block as the file will hold it."""
@@ -127,13 +132,18 @@ class TunedBlock(QuickBlock):
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return self.linears[name](x)
 
+    def _coded(self) -> Iterator[tuple[str, TunedLinear]]:
+        for name, linear in self.linears.items():
+            if isinstance(linear, TunedLinear):
+                yield name, linear
+
     def latents(self) -> list[nn.Parameter]:
-        """Return the latent of every weight."""
-        return [linear.latent for linear in self.linears.values()]
+        """Return the latent of every weight, where codes are trained."""
+        return [linear.latent for _, linear in self._coded()]
 
     def codes(self) -> list[nn.Parameter]:
-        """Return what the scale codes are made of."""
-        return [part for linear in self.linears.values() for part in (linear.mid, linear.half)]
+        """Return what the scale codes are made of, where they are trained."""
+        return [part for _, linear in self._coded() for part in (linear.mid, linear.half)]
 
     def vectors(self) -> list[nn.Parameter]:
         """Return the changes of row multipliers, column scales, norms and biases."""
@@ -144,12 +154,12 @@ class TunedBlock(QuickBlock):
 
     def collect(self) -> None:
         """Hand the gradients of weights down to what they are made of."""
-        for linear in self.linears.values():
+        for _, linear in self._coded():
             linear.collect()
 
     def project(self) -> None:
         """Bring every scale back into the format's range after a step."""
-        for linear in self.linears.values():
+        for _, linear in self._coded():
             linear.project()
 
     @torch.no_grad()
@@ -163,7 +173,7 @@ class TunedBlock(QuickBlock):
     @torch.no_grad()
     def hints(self) -> dict[str, Tensor]:
         """Return the latents by Linear, float16 on the CPU."""
-        return {name: linear.latent.detach().half().cpu() for name, linear in self.linears.items()}
+        return {name: linear.latent.detach().half().cpu() for name, linear in self._coded()}
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -192,11 +202,13 @@ class TunedModel:
         device: torch.device,
         products: torch.dtype = torch.float32,
         clear: float = CLEAR,
+        *,
+        codes: bool = True,
     ) -> None:
         """Begin exactly at `starts`; `tables` are what `finish` wants, the final norm's start among them."""
         self._config = config
         self._tables = tables
-        self.blocks = [TunedBlock(config, start, rotary, device, products, clear) for start in starts]
+        self.blocks = [TunedBlock(config, start, rotary, device, products, clear, codes=codes) for start in starts]
         self._final = {
             name: norm_vector(name, value.cpu().numpy(), device)
             for name, value in tables.items()

@@ -14,6 +14,7 @@ alpha_o and alpha_r themselves, for the others alpha_c and alpha_s are mid -+ ha
 latent at most mid in size takes the smaller magnitude, any other the larger one.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,40 @@ class TunedLinear:
             second=pack_bits(second.cpu().numpy()),
             salient=start.salient,
             scales=scales.to(torch.uint8).cpu().numpy(),
+            row_scale=self.row_scale().half().cpu().numpy(),
+            col_scale=None if self.col_scale is None else self.col_scale().half().cpu().numpy(),
+            bias=None if self.bias is None else self.bias().cpu().numpy(),
+        )
+
+
+class ScaledLinear:
+    """A Linear whose two planes and scale codes stay what they are: row multipliers, column scale and bias are trained.
+
+    Nothing is kept of a weight but its level, in the dtype of products, and no gradient of a weight is ever made.
+    """
+
+    def __init__(
+        self, start: PackedLinear, col_scale: Vector | None, device: torch.device, products: torch.dtype
+    ) -> None:
+        """Begin at `start`; `col_scale` and `products` are as for `TunedLinear`."""
+        self._start = start
+        self._levels = torch.from_numpy(start.levels()).to(device, products)  # at most 255: exact in bfloat16 too
+        self.col_scale = col_scale
+        self.bias = None if start.bias is None else Vector(start.bias, device, relative=False)
+        self.row_scale = Vector(start.row_scale, device, relative=True, half=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the Linear as the file will hold it to x [..., cols]; returns the dtype of products."""
+        if self.col_scale is not None:
+            x = x * self.col_scale()
+        y = functional.linear(x.to(self._levels.dtype), self._levels) * self.row_scale()
+        return (y if self.bias is None else y + self.bias()).to(self._levels.dtype)
+
+    @torch.no_grad()
+    def pack(self) -> PackedLinear:
+        """Return the Linear as the file stores it."""
+        return replace(
+            self._start,
             row_scale=self.row_scale().half().cpu().numpy(),
             col_scale=None if self.col_scale is None else self.col_scale().half().cpu().numpy(),
             bias=None if self.bias is None else self.bias().cpu().numpy(),

@@ -135,7 +135,7 @@ def tune_block(
 ) -> None:
     """Train `block` to turn inputs [windows, tokens, hidden] into targets, with the windows of a step of `order`."""
     trainer = Trainer([block], [], rates, len(order))
-    device = next(iter(block.linears.values())).latent.device
+    device = next(iter(block.linears.values())).row_scale.change.device
     with torch.enable_grad():
         for windows in order:
             chosen = list(windows)

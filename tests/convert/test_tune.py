@@ -73,6 +73,26 @@ def test_begins_at_the_start_to_the_byte(
         }
 
 
+@pytest.mark.parametrize("family", ["opt-350m", "llama-biased"])
+def test_vectors_alone_bring_a_model_nearer_and_leave_planes_and_scales(
+    family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    effort = Effort(windows=256, block_steps=0, model_steps=40, codes=False)
+    options = small(tmp_path, family, seed, monkeypatch, effort)
+    report = convert(tmp_path / "model", tmp_path / "tuned.billm", options)
+    assert report.tuning is not None
+    assert report.tuning["kl_after"] < report.tuning["kl_before"]
+    convert(tmp_path / "model", tmp_path / "start.billm", dataclasses.replace(options, recipe="refined"))
+    with BillmFile.open(tmp_path / "tuned.billm") as tuned, BillmFile.open(tmp_path / "start.billm") as start:
+        changed = {name for name in start.checksums if tuned.checksums[name] != start.checksums[name]}
+    assert any("norm" in name for name in changed)
+    assert {name.rpartition(".")[2] for name in changed if "norm" not in name} == {
+        "row_scale",
+        "col_scale",
+        "bias",
+    }
+
+
 def test_blocks_alone_are_trained_one_at_a_time(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=12, block_steps=60, model_steps=0))
     report = convert(tmp_path / "model", tmp_path / "out.billm", options)
@@ -117,7 +137,7 @@ def test_too_little_memory_is_refused_before_the_work_begins(
 ) -> None:
     options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=10**8, block_steps=0, model_steps=1))
     with pytest.raises(
-        DoesNotFitError, match=r"weights [\d.]+ \+ products [\d.]+ \+ activations .*give --effort blocks"
+        DoesNotFitError, match=r"weights [\d.]+ \+ products [\d.]+ \+ activations .*give --effort vectors .* or blocks"
     ):
         convert(tmp_path / "model", tmp_path / "out.billm", options)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from billm_convert.source import open_model
 from billm_convert.tune_block import BlockStart, TunedBlock
-from billm_convert.tune_linear import TunedLinear, Vector, in_steps, nearest_levels
+from billm_convert.tune_linear import ScaledLinear, TunedLinear, Vector, in_steps, nearest_levels
 from billm_format.packing import PackedLinear, pack_bits
 
 CPU = torch.device("cpu")
@@ -171,6 +171,43 @@ def test_products_in_16_bits_are_near_those_of_the_file(rng: np.random.Generator
     y = linear(x)
     assert y.dtype == torch.bfloat16
     assert float((y.detach().float() - wanted).norm() / wanted.norm()) < 0.01
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_vectors_alone_are_trained_in_the_product_of_the_file(
+    products: torch.dtype, rng: np.random.Generator, seed: int
+) -> None:
+    start = random_linear(rng, 9, 80, 32)
+    assert start.col_scale is not None
+    linear = ScaledLinear(start, Vector(start.col_scale, CPU, relative=True, half=True), CPU, products)
+    packed = linear.pack()
+    for name, value in vars(start).items():
+        found = getattr(packed, name)
+        assert found == value if isinstance(value, int) else found.tobytes() == value.tobytes(), name
+    generator = torch.Generator().manual_seed(seed)
+    assert linear.col_scale is not None
+    assert linear.bias is not None
+    vectors = (linear.row_scale, linear.col_scale, linear.bias)
+    with torch.no_grad():
+        for vector in vectors:
+            vector.change += 0.1 * torch.randn(vector.change.shape, generator=generator)
+    packed = linear.pack()
+    assert packed.bias is not None
+    assert (packed.sign.tobytes(), packed.scales.tobytes()) == (start.sign.tobytes(), start.scales.tobytes())
+    x = torch.randn(2, 6, 80, generator=generator).to(products)
+    wanted = x.float() @ torch.from_numpy(packed.dequantize()).T + torch.from_numpy(packed.bias)
+    y = linear(x)
+    assert y.dtype == products
+    assert float((y.detach().float() - wanted).norm() / wanted.norm()) < (1e-5 if products == torch.float32 else 0.02)
+    if products == torch.float32:
+        slope = torch.randn(y.shape, generator=generator)
+        found = torch.autograd.grad((linear(x) * slope).sum(), [vector.change for vector in vectors])
+        levels = torch.from_numpy(start.levels()).float()
+        plain = (x * linear.col_scale()) @ levels.T * linear.row_scale() + linear.bias()
+        for one, other in zip(
+            found, torch.autograd.grad((plain * slope).sum(), [v.change for v in vectors]), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
 def test_a_column_scale_is_shared_or_refused(rng: np.random.Generator, tmp_path: Path, seed: int) -> None:
