@@ -143,7 +143,7 @@ def test_too_little_memory_is_refused_before_the_work_begins(
 
 
 def test_an_unknown_effort_is_refused() -> None:
-    with pytest.raises(UsageError, match="--effort: wanted one of blocks, fast, normal, max, found 'huge'"):
+    with pytest.raises(UsageError, match="--effort: wanted one of blocks, vectors, fast, normal, max, found 'huge'"):
         ConvertSettings(effort="huge")
 
 
