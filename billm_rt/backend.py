@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from billm_format.config import ModelConfig
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear, Table
+from billm_format.reader import BillmFile
 from billm_rt.cache import KVCache
 
 Array = NDArray[np.float32]
@@ -99,6 +100,10 @@ class Backend(Protocol):
     chunk: (
         int  # tokens that pass through the decoder together: many share the unpacking of the weights, few take memory
     )
+
+    def require(self, file: BillmFile, ctx: int) -> None:
+        """Raise DoesNotFitError, before anything is loaded, if a model with `ctx` tokens of context cannot fit."""
+        ...
 
     def new_cache(self, config: ModelConfig, ctx: int) -> KVCache:
         """Return an empty cache for up to `ctx` tokens, kept as this back end likes it."""

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from billm_format.config import ModelConfig
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear, Table
+from billm_format.reader import BillmFile
 from billm_rt.backend import FusedLayers, Layer, Norm
 from billm_rt.cache import KVCache
-from billm_rt.cuda import launch
+from billm_rt.cuda import launch, memory
 from billm_rt.cuda.cache import DeviceCache
 from billm_rt.cuda.device import Device
 from billm_rt.cuda.layers import DeviceLayers, normalize
@@ -34,13 +35,17 @@ class CudaBackend:
     isa = "cuda"
     activations = "float32"
     kv_type = "float16"
-    chunk = 512  # many tokens share the unpacking of the weights; their logits together stay some hundred megabytes
+    chunk = 512  # many tokens share the unpacking of the weights
 
     def __init__(self, device: Device, index: int = 0) -> None:
         self.device = f"cuda:{index}"
         self.reason = device.name
         self._device = device
         self._rotary: tuple[Any, Any] | None = None
+
+    def require(self, file: BillmFile, ctx: int) -> None:
+        """Raise DoesNotFitError unless the device has memory for the weights, a full KV cache and the scratch."""
+        memory.require(file, ctx, self.chunk, self._device.free_bytes(), self.device)
 
     def new_cache(self, config: ModelConfig, ctx: int) -> KVCache:
         """Return an empty cache in device memory."""
@@ -84,7 +89,11 @@ class CudaBackend:
 
     def head(self, x: Any, table: DeviceTable) -> NDArray[np.float32]:
         """Return x times the table's transpose, float32 [tokens, rows], on the host."""
-        return self._device.download(self._multiply(x, table))
+        out = np.empty((x.shape[0], table.weight.shape[0]), np.float32)
+        for start in range(0, x.shape[0], launch.MAX_TABLE_TOKENS):  # a whole chunk's logits would take hundreds of MB
+            rows = slice(start, start + launch.MAX_TABLE_TOKENS)
+            out[rows] = self._device.download(self._multiply(x[rows], table))
+        return out
 
     def dense(self, x: Any, weight: Any) -> Any:
         """Return x times the transpose of a full-precision weight [rows, cols]."""

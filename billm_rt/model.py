@@ -32,6 +32,7 @@ class Model:
         self.backend = backend
         self.ctx = _context_length(ctx, file.config.max_position_embeddings)
         self.load_seconds = 0.0
+        backend.require(file, self.ctx)
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self._embed_table = backend.load_table(file.table("embed"))
         self._head_table = (
@@ -257,7 +258,8 @@ def load(
     context length in tokens (default: the model's, at most 4096). On the CPU, `activation_bits`: 16, all but exact, or
     8, faster (see `cpu_backend`); `kv_bits`: 16, or 8 for half the memory of the KV cache (not with `exact`, which
     keeps float32). Raises UsageError on bad arguments, a missing file or a device that is not there, and
-    CorruptFileError on a damaged file.
+    CorruptFileError on a damaged file; on a GPU DoesNotFitError, before anything is
+    loaded, where the weights and a KV cache of `ctx` tokens exceed the free memory.
     """
     begun = time.perf_counter()
     backend = choose(device, exact=exact, threads=threads, activation_bits=activation_bits, kv_bits=kv_bits)

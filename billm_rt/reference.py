@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from billm_format.config import ModelConfig
 from billm_format.packing import PackedLinear, Table
+from billm_format.reader import BillmFile
 from billm_rt.backend import Activation, Array, FusedLayers, Layer, LayerOps
 from billm_rt.cache import KVCache
 
@@ -32,6 +33,9 @@ class ReferenceBackend:
         self.reason = reason
         self.activations = "float32"
         self.kv_type = kv_type
+
+    def require(self, file: BillmFile, ctx: int) -> None:
+        """Ask for nothing: the weights stay in the file, and the cache grows with what is read."""
 
     def new_cache(self, config: ModelConfig, ctx: int) -> KVCache:
         """Return an empty cache of `kv_type`."""

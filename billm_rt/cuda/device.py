@@ -44,6 +44,10 @@ class Device(Protocol):
         """Return an array of zeros."""
         ...
 
+    def free_bytes(self) -> int:
+        """Return how much memory can still be had."""
+        ...
+
     def pointer(self, array: Any) -> int:
         """Return the address of the array's first element."""
         ...
@@ -122,6 +126,11 @@ class CupyDevice:
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return an array of zeros; DoesNotFitError as `empty`."""
         return self._allocated(lambda: self._cupy.zeros(shape, dtype))
+
+    def free_bytes(self) -> int:
+        """Return what the driver has free and what the pool holds without using it."""
+        free, _ = self._device.mem_info
+        return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def pointer(self, array: Any) -> int:
         """Return the address of the array's first element."""

@@ -231,7 +231,7 @@ _ATTENTION_WARPS = _ATTENTION_THREADS // WARP
 MAX_HEAD_DIM = 256
 # Beyond so many tokens a block takes 16 queries of one head through the keys; up to it, the context is split.
 FEW_TOKENS = 8
-_MOST_SPLITS = 32
+MOST_SPLITS = 32
 _KEYS_PER_SPLIT = 64
 COMBINE = Kernel("attention.cu", "combine")
 
@@ -268,7 +268,7 @@ def attend_few(tokens: int, seen: int, heads: int, kv_heads: int, width: int, mu
     count = _power_of_two(ceil_div(padded_width(width), WARP))
     queries = 1 if heads == kv_heads else 4
     sets = kv_heads * ceil_div(heads // kv_heads, queries)
-    splits = min(_MOST_SPLITS, ceil_div(seen, _KEYS_PER_SPLIT), ceil_div(4 * multiprocessors, sets * tokens))
+    splits = min(MOST_SPLITS, ceil_div(seen, _KEYS_PER_SPLIT), ceil_div(4 * multiprocessors, sets * tokens))
     shared = _ATTENTION_WARPS * queries * WARP * (2 + count) * 4
     kernel = Kernel("attention.cu", f"attend_few<{count}, {queries}>")
     return AttendFew(kernel, Size((splits, sets, tokens), _ATTENTION_THREADS, shared), splits)

@@ -53,11 +53,13 @@ class EmulatedDevice:
     name = "emulated"
     multiprocessors = 2
     shared_per_multiprocessor = 100 << 10
+    memory = 1 << 40  # bytes
 
     def __init__(self, folder: Path, kernels: Sequence[Kernel], edits: Sequence[tuple[str, str]] = ()) -> None:
         """Compile `kernels` into `folder`; `edits` are replacements (each must hit once) in their text, for a test."""
         self._edits = edits
         self._memory: list[tuple[weakref.ref[NDArray[np.uint8]], int]] = []
+        self.held = self.most_held = 0  # bytes of the arrays that are alive, now and at most
         files: dict[str, list[str]] = {}
         for kernel in kernels:
             files.setdefault(kernel.file, []).append(kernel.expression)
@@ -99,7 +101,17 @@ class EmulatedDevice:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         memory = np.full(_MARGIN + nbytes + _MARGIN, 0xFF, np.uint8)
         self._memory.append((weakref.ref(memory), nbytes))
+        self._account(nbytes)
+        weakref.finalize(memory, self._account, -nbytes)
         return memory[_MARGIN : _MARGIN + nbytes].view(dtype).reshape(shape)
+
+    def _account(self, nbytes: int) -> None:
+        self.held += nbytes
+        self.most_held = max(self.most_held, self.held)
+
+    def free_bytes(self) -> int:
+        """Return what is left of `memory`."""
+        return self.memory - self.held
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Return zeros, between the same margins."""

@@ -83,6 +83,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     module.empty = lambda shape, dtype: np.full(shape, 0x55, dtype).view(Array)
     module.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(Array)
     module.asnumpy = np.asarray
+    module.get_default_memory_pool = lambda: SimpleNamespace(free_bytes=lambda: 2_000_000)
     module.cuda = SimpleNamespace(
         Device=lambda index: SimpleNamespace(use=lambda: None, cublas_handle=1, mem_info=(5_000_000, 80_000_000)),
         Event=lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
@@ -144,3 +145,7 @@ def test_no_memory_is_said_with_what_is_there(cupy: Any) -> None:
     cupy.empty = full
     with pytest.raises(DoesNotFitError, match=r"allocating 9 bytes; 5 MB of 80 MB are free: take a smaller --ctx"):
         device.empty((9,), np.uint8)
+
+
+def test_free_is_what_the_driver_and_the_pool_have(cupy: Any) -> None:
+    assert CupyDevice().free_bytes() == 7_000_000

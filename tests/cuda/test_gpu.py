@@ -8,6 +8,7 @@ from cuda import references
 from cuda.conftest import PoisonedGpu, RandomLinear
 from cuda.test_kernels import FLOAT32
 
+from billm_format.packing import Table
 from billm_rt.cuda import launch
 from billm_rt.cuda.linear import LinearGroup
 from billm_rt.cuda_backend import CudaBackend
@@ -37,7 +38,7 @@ def test_a_head_of_a_real_size(rng: np.random.Generator) -> None:
     weight = rng.integers(-127, 128, (151936, 896), np.int8)
     scale = rng.uniform(0.01, 0.02, len(weight)).astype(np.float16)
     backend = CudaBackend(device)
-    table = backend.load_table(weight, scale)
+    table = backend.load_table(Table(weight, weight.shape[1], scale))
     wide = weight.astype(np.float64) * scale.astype(np.float64)[:, None]
     for tokens in (1, 5):
         x = rng.standard_normal((tokens, 896)).astype(np.float32)
