@@ -18,6 +18,7 @@ from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear, Table
 from billm_format.reader import BillmFile
 from billm_rt.cache import KVCache
+from billm_rt.sampling import Logits
 
 Array = NDArray[np.float32]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -89,7 +90,7 @@ class Backend(Protocol):
     """The operations around the layers, and `fuse` for the layers. Weights are what `load_*` returned.
 
     Activations are float32 [tokens, width]: NumPy arrays, or what a device has in their place. Token ids come from
-    NumPy arrays, and logits go into them.
+    NumPy arrays.
     """
 
     device: str  # "cpu", "cuda:0"
@@ -129,8 +130,16 @@ class Backend(Protocol):
         """Return the rows of `table` that `token_ids` names, float32 [tokens, width]."""
         ...
 
-    def head(self, x: Any, table: Any) -> Array:
-        """Return x times the table's transpose, float32 [tokens, rows], a NumPy array."""
+    def head(self, x: Any, table: Any) -> Any:
+        """Return the logits, x times the table's transpose, float32 [tokens, rows], for `logits` or `rows`."""
+        ...
+
+    def logits(self, head: Any) -> Array:
+        """Return what `head` returned as a NumPy array."""
+        ...
+
+    def rows(self, head: Any) -> Sequence[Logits]:
+        """Return what `head` returned token by token, for a `Sampler`, valid until `head` is called again."""
         ...
 
     def dense(self, x: Any, weight: Any) -> Any:

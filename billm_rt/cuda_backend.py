@@ -1,4 +1,4 @@
-"""The GPU back end: everything on one CUDA device but the sampling; activations float32, keys and values binary16."""
+"""The GPU back end: everything on one CUDA device; activations float32, keys and values binary16."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,9 @@ from billm_rt.cuda.cache import DeviceCache
 from billm_rt.cuda.device import Device
 from billm_rt.cuda.layers import DeviceLayers, normalize
 from billm_rt.cuda.linear import LinearGroup
+from billm_rt.cuda.logits import DeviceLogits, DeviceRow
 from billm_rt.reference import rotary_table, some_rows
+from billm_rt.sampling import Logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,14 @@ class DeviceTable:
 
     weight: Any
     scale: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Few:
+    """The logits of a few tokens on the device, float32 [tokens, rows]."""
+
+    logits: DeviceLogits
+    array: Any
 
 
 class CudaBackend:
@@ -42,6 +52,7 @@ class CudaBackend:
         self.reason = device.name
         self._device = device
         self._rotary: tuple[Any, Any] | None = None
+        self._logits: DeviceLogits | None = None
 
     def require(self, file: BillmFile, ctx: int) -> None:
         """Raise DoesNotFitError unless the device has memory for the weights, a full KV cache and the scratch."""
@@ -87,21 +98,40 @@ class CudaBackend:
         self._device.launch(kernel, size, ids, table.weight, table.scale, out, np.int32(width))
         return out
 
-    def head(self, x: Any, table: DeviceTable) -> NDArray[np.float32]:
-        """Return x times the table's transpose, float32 [tokens, rows], on the host."""
+    def head(self, x: Any, table: DeviceTable) -> "Few | NDArray[np.float32]":
+        """Return x times the table's transpose, float32 [tokens, rows]: that of few tokens stays on the device."""
+        if self._logits is None:
+            self._logits = DeviceLogits(self._device, table.weight.shape[0])
+        if x.shape[0] <= launch.MAX_TABLE_TOKENS:
+            return Few(self._logits, self._few_rows(x, table, self._logits))
         out = np.empty((x.shape[0], table.weight.shape[0]), np.float32)
         for start in range(0, x.shape[0], launch.MAX_TABLE_TOKENS):  # a whole chunk's logits would take hundreds of MB
             rows = slice(start, start + launch.MAX_TABLE_TOKENS)
-            out[rows] = self._device.download(self._multiply(x[rows], table))
+            out[rows] = self._device.download(self._few_rows(x[rows], table, self._logits))
         return out
+
+    def _few_rows(self, x: Any, table: DeviceTable, logits: DeviceLogits) -> Any:
+        return self._multiply(x, table, logits.array[: x.shape[0]])
+
+    def logits(self, head: "Few | NDArray[np.float32]") -> NDArray[np.float32]:
+        """Return the logits on the host."""
+        if not isinstance(head, Few):
+            return head
+        # A copy: the next ones are written where these lie.
+        return np.array(self._device.download(head.array), np.float32)
+
+    def rows(self, head: "Few | NDArray[np.float32]") -> Sequence[Logits]:
+        """Return each token's logits, on the device if they are few."""
+        if not isinstance(head, Few):
+            return list(head)
+        return [DeviceRow(head.logits, row) for row in range(head.array.shape[0])]
 
     def dense(self, x: Any, weight: Any) -> Any:
         """Return x times the transpose of a full-precision weight [rows, cols]."""
-        return self._multiply(x, DeviceTable(weight, None))
+        return self._multiply(x, DeviceTable(weight, None), self._device.empty((x.shape[0], len(weight)), np.float32))
 
-    def _multiply(self, x: Any, table: DeviceTable) -> Any:
+    def _multiply(self, x: Any, table: DeviceTable, out: Any) -> Any:
         rows, width = table.weight.shape
-        out = self._device.empty((x.shape[0], rows), np.float32)
         for start in range(0, x.shape[0], launch.MAX_TABLE_TOKENS):
             tokens = min(launch.MAX_TABLE_TOKENS, x.shape[0] - start)
             kernel = launch.multiply_kernel(table.weight.dtype, width, tokens)

@@ -6,18 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_rt.cache import KVCache
 from billm_rt.lookup import PromptLookup
-from billm_rt.sampling import Sampler, Sampling
+from billm_rt.sampling import Logits, Sampler, Sampling
 
 if TYPE_CHECKING:
     from billm_rt.model import Model
 
-Float32 = NDArray[np.float32]
 FinishReason = Literal["eos", "stop", "length", "context"]
 
 
@@ -140,16 +136,16 @@ class _Reader:
         self._model, self._cache, self._most_guesses = model, cache, lookup
         self._longest = min(longest, cache.ctx)
         self._lookup = PromptLookup()
-        self._ahead: deque[tuple[int, Float32]] = deque()  # each guess in the cache, and the logits behind it
+        self._ahead: deque[tuple[int, Logits]] = deque()  # each guess in the cache, and the logits behind it
 
-    def read_prompt(self, ids: list[int]) -> tuple[Float32, int]:
+    def read_prompt(self, ids: list[int]) -> tuple[Logits, int]:
         """Read what the cache does not hold of the prompt; return the logits [vocab_size] and how much it held."""
         # The last prompt token is always read, for its logits.
         reused = min(_common_prefix(self._cache.tokens, ids), len(ids) - 1)
         self._cache.truncate(reused)
-        return self._forward(ids[reused:], "last")[0], reused
+        return self._model.rows(ids[reused:], self._cache)[0], reused
 
-    def next_logits(self, text: list[int]) -> Float32:
+    def next_logits(self, text: list[int]) -> Logits:
         """Return the logits [vocab_size] behind `text`, of which all but the last token was there at the last call."""
         if self._ahead:
             guess, row = self._ahead.popleft()
@@ -161,15 +157,9 @@ class _Reader:
         limit = min(self._most_guesses, self._longest - len(text))
         guesses = self._lookup.propose(text, limit) if limit > 0 else []
         self.proposed += len(guesses)
-        rows: list[Float32] = list(self._forward([text[-1], *guesses], "all" if guesses else "last"))
-        self._ahead.extend(zip(guesses, rows[1:], strict=True))
-        return rows[0]
-
-    def _forward(self, ids: list[int], which: Literal["last", "all"]) -> Float32:
-        logits = self._model.forward(ids, self._cache, logits=which)
-        if logits is None:
-            raise RuntimeError("forward was asked for logits and returned none")
-        return logits
+        first, *rest = self._model.rows([text[-1], *guesses], self._cache, logits="all")
+        self._ahead.extend(zip(guesses, rest, strict=True))
+        return first
 
 
 class HeldBack:

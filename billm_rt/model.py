@@ -17,7 +17,7 @@ from billm_rt.backend import Array, Backend, FusedLayers, Layer, LayerOps, Norm,
 from billm_rt.cache import KVCache
 from billm_rt.generate import Chunk, generate
 from billm_rt.memory import memory_report
-from billm_rt.sampling import Sampling
+from billm_rt.sampling import Logits, Sampling
 from billm_rt.tokenizer import Tokenizer
 
 _DEFAULT_CTX = 4096
@@ -81,19 +81,29 @@ class Model:
         Long inputs go through in chunks, so that only the logits of "all" grow with their length. Raises UsageError on
         ids outside the vocabulary and DoesNotFitError past the context length, before anything is computed.
         """
+        out = [self.backend.logits(head) for head in self._heads(token_ids, cache, logits)]
+        if logits == "none":
+            return None
+        return out[0] if len(out) == 1 else np.concatenate(out)
+
+    def rows(self, token_ids: ArrayLike, cache: KVCache, *, logits: Literal["last", "all"] = "last") -> list[Logits]:
+        """As `forward`, for a `Sampler`: the logits of each token, on the device where that is.
+
+        Those of few tokens are valid until the model reads on.
+        """
+        return [row for head in self._heads(token_ids, cache, logits) for row in self.backend.rows(head)]
+
+    def _heads(self, token_ids: ArrayLike, cache: KVCache, logits: Literal["last", "all", "none"]) -> Iterator[Any]:
+        """Read the tokens in chunks and yield what the back end has for logits, each to be used before the next."""
         ids = self._checked(token_ids)
         cache.require(ids.size)
-        out: list[Array] = []
         chunk = self.backend.chunk
         for start in range(0, ids.size, chunk):
             hidden = self._decode(ids[start : start + chunk], cache)
             if logits == "all":
-                out.append(self._logits(hidden))
+                yield self._logits(hidden)
             elif logits == "last" and start + chunk >= ids.size:
-                out.append(self._logits(hidden[-1:]))
-        if logits == "none":
-            return None
-        return out[0] if len(out) == 1 else np.concatenate(out)
+                yield self._logits(hidden[-1:])
 
     def logits(self, token_ids: ArrayLike) -> Array:
         """Return the logits float32 [tokens, vocab_size] of every position of a text read from its start."""
@@ -186,7 +196,7 @@ class Model:
             inner *= up
         return ops.linears(inner, layer.down)[0]
 
-    def _logits(self, hidden: Array) -> Array:
+    def _logits(self, hidden: Array) -> Any:
         with np.errstate(all="ignore"):
             if self._final_norm is not None:
                 hidden = self._norm(hidden, self._final_norm)

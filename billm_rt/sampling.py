@@ -1,8 +1,10 @@
 """From logits to the next token: the options people know, in one stated order."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ Int64 = NDArray[np.int64]
 # passed through in float32, in groups of this many, and what may be drawn is looked at closely.
 _GROUP = 256
 # A nucleus of more tokens than this is rare.
-_FEW_TOKENS = 1000
+FEW_TOKENS = 1000
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -55,6 +57,39 @@ class Sampling:
             if not good:
                 raise UsageError(f"{option} {value}: wanted {wanted}")
 
+    @property
+    def draws_from_all(self) -> bool:
+        """Whether every token may be drawn."""
+        return self.temperature > 0 and self.top_k == 0 and self.top_p == 1 and self.min_p == 0
+
+
+class Survey(NamedTuple):
+    """What a device says of logits that stay there, penalties applied."""
+
+    best: float
+    size: int  # logits in a group
+    sums: Float32  # [groups] of exp((logit - best) / temperature), in order
+    ids: Int64  # of those that may be drawn and perhaps some more, in order; empty if all may
+    logits: Float32  # theirs
+    complete: bool  # else there are more than a device cares to list
+
+
+class RemoteLogits(Protocol):
+    """Logits [vocab_size] that lie on a device until the model reads on."""
+
+    size: int
+
+    def survey(self, options: Sampling, recent: Int64) -> Survey:
+        """Apply the penalty to the tokens `recent` and find what may be drawn."""
+        ...
+
+    def read(self, start: int, stop: int) -> Float32:
+        """Return some of the logits as the last survey left them."""
+        ...
+
+
+Logits = Float32 | RemoteLogits
+
 
 class Sampler:
     """Draws tokens as `sampling` says; holds the random generator."""
@@ -63,33 +98,81 @@ class Sampler:
         self.sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
-    def sample(self, logits: Float32, history: Sequence[int]) -> int:
+    def sample(self, logits: Logits, history: Sequence[int]) -> int:
         """Return the next token's id for float32 logits [vocab_size]; `history` is the tokens so far.
+
+        From logits on a device it draws the same token, but where a random number falls on an edge between two tokens
+        and a sum's last digit decides.
 
         Raises CorruptFileError if no logit is a finite maximum, which only damaged weights bring about.
         """
-        options = self.sampling
-        logits = _penalise(logits, history, options)
+        recent = _recent(history, self.sampling)
+        if isinstance(logits, np.ndarray):
+            return self._sample(_penalise(logits, recent, self.sampling))
+        survey = logits.survey(self.sampling, recent)
+        _require_number(survey.best)
+        if self.sampling.draws_from_all:
+            weights_of = partial(self._weights_of, logits, survey)
+            return _draw(survey.sums, self._random.random(), survey.size, weights_of)
+        if survey.complete and self.sampling.temperature == 0:
+            return int(survey.ids[survey.logits.argmax()])
+        found = _shortlist(survey, logits.size, self.sampling) if survey.complete else None
+        return self._sample(logits.read(0, logits.size)) if found is None else self._one_of(*found)
+
+    def _sample(self, logits: Float32) -> int:
         best = int(logits.argmax())
-        if not np.isfinite(logits[best]):
-            raise CorruptFileError("the model's output is not a number: check the file with billm-info --verify")
-        if options.temperature == 0:
+        _require_number(logits[best])
+        if self.sampling.temperature == 0:
             return best
-        ids, weights = _candidates(logits, float(logits[best]), options)
-        place = _draw(weights, self._random.random())
+        ids, weights = _candidates(logits, float(logits[best]), self.sampling)
+        return self._one_of(ids, weights)
+
+    def _one_of(self, ids: Int64 | None, weights: Float32) -> int:
+        sums = np.add.reduceat(weights, np.arange(0, weights.size, _GROUP))
+        place = _draw(sums, self._random.random(), _GROUP, partial(_part, weights))
         return int(place if ids is None else ids[place])
 
+    def _weights_of(self, logits: RemoteLogits, survey: Survey, group: int) -> Float32:
+        start = group * survey.size
+        part = logits.read(start, min(start + survey.size, logits.size))
+        return _weights(part, survey.best, self.sampling.temperature)
 
-def _penalise(logits: Float32, history: Sequence[int], options: Sampling) -> Float32:
-    if options.repeat_penalty == 1 or options.repeat_last_n == 0 or not history:
-        return logits
+
+def _require_number(best: float | np.float32) -> None:
+    if not np.isfinite(best):
+        raise CorruptFileError("the model's output is not a number: check the file with billm-info --verify")
+
+
+def _recent(history: Sequence[int], options: Sampling) -> Int64:
+    """Return the tokens that the penalty is for."""
+    if options.repeat_penalty == 1 or options.repeat_last_n == 0:
+        return np.empty(0, np.int64)
     recent = history if options.repeat_last_n < 0 else history[-options.repeat_last_n :]
-    seen = np.fromiter(recent, np.int64, len(recent))  # one that comes twice is set twice to the same value
+    return np.fromiter(recent, np.int64, len(recent))
+
+
+def _penalise(logits: Float32, recent: Int64, options: Sampling) -> Float32:
+    if not recent.size:
+        return logits
     logits = logits.copy()
-    values = logits[seen]
+    values = logits[recent]  # one that comes twice is set twice to the same value
     penalty = np.float32(options.repeat_penalty)
-    logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    logits[recent] = np.where(values > 0, values / penalty, values * penalty)
     return logits
+
+
+def _shortlist(survey: Survey, size: int, options: Sampling) -> tuple[Int64, Float32] | None:
+    """Return what `_candidates` makes of all `size` logits, from the few that a device listed; None if it cannot."""
+    if options.top_p < 1 and not 0 < options.top_k < size:
+        weights = _weights(survey.logits, survey.best, options.temperature)
+        wanted = options.top_p * float(survey.sums.sum(dtype=np.float64))
+        kept, enough = _reaching(weights, wanted, options.min_p)
+        # Short of the share, all that min_p leaves must be there; nothing else is left out where min_p bounds.
+        if not enough and options.min_p < (1 - options.top_p) * wanted / options.top_p / FEW_TOKENS:
+            return None
+        return survey.ids[kept], weights[kept]
+    places, weights = _candidates(survey.logits, survey.best, options)
+    return survey.ids if places is None else survey.ids[places], weights
 
 
 def _candidates(logits: Float32, best: float, options: Sampling) -> tuple[Int64 | None, Float32]:
@@ -137,15 +220,23 @@ def _nucleus(weights: Float32, top_p: float, min_p: float) -> Int64:
     left_out = (1 - top_p) / top_p * wanted
     # So many weights below the bound make less than what is to be left out: the second bound is always low enough,
     # the first nearly always, with far fewer places above it.
-    for count in (_FEW_TOKENS, weights.size):
+    for count in (FEW_TOKENS, weights.size):
         bound = max(left_out / count, min_p)
-        places = np.flatnonzero(weights >= np.float32(bound))
-        ranked = np.sort(weights[places])[::-1]
-        reached = np.cumsum(ranked, dtype=np.float64)
-        if (reached.size and reached[-1] >= wanted) or bound == min_p:
+        places, enough = _reaching(weights, wanted, bound)
+        if enough or bound == min_p:
             break
+    return places
+
+
+def _reaching(weights: Float32, wanted: float, bound: float) -> tuple[Int64, bool]:
+    """Return the places of the fewest largest weights, none below `bound`, that reach `wanted`, and whether they do."""
+    places = np.flatnonzero(weights >= np.float32(bound))
+    ranked = np.sort(weights[places])[::-1]
+    reached = np.cumsum(ranked, dtype=np.float64)
     size = int(np.searchsorted(reached, wanted)) + 1
-    return places if size >= places.size else places[_down_to(weights[places], ranked[size - 1], size)]
+    if size < places.size:
+        places = places[_down_to(weights[places], ranked[size - 1], size)]
+    return places, bool(reached.size and reached[-1] >= wanted)
 
 
 def _down_to(values: Float32, edge: np.float32, count: int) -> Int64:
@@ -155,13 +246,17 @@ def _down_to(values: Float32, edge: np.float32, count: int) -> Int64:
     return np.sort(np.concatenate((above, equal[: count - above.size])))
 
 
-def _draw(weights: Float32, uniform: float) -> int:
-    """Return the place where `uniform` (0 to 1) of all weight lies: first the group, then the place in it."""
-    groups = np.cumsum(np.add.reduceat(weights, np.arange(0, weights.size, _GROUP)), dtype=np.float64)
+def _draw(sums: Float32, uniform: float, size: int, weights_of: Callable[[int], Float32]) -> int:
+    """Return the place where `uniform` (0 to 1) of all weight lies: first the group of `size`, then the place in it."""
+    groups = np.cumsum(sums, dtype=np.float64)
     group = _reached(groups, uniform)
     before = groups[group - 1] if group else 0.0
-    inside = np.cumsum(weights[group * _GROUP : (group + 1) * _GROUP], dtype=np.float64)
-    return group * _GROUP + _reached(inside, (uniform * groups[-1] - before) / (groups[group] - before))
+    inside = np.cumsum(weights_of(group), dtype=np.float64)
+    return group * size + _reached(inside, (uniform * groups[-1] - before) / (groups[group] - before))
+
+
+def _part(weights: Float32, group: int) -> Float32:
+    return weights[group * _GROUP : (group + 1) * _GROUP]
 
 
 def _reached(edges: NDArray[np.float64], share: float) -> int:

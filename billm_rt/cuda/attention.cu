@@ -2,8 +2,6 @@
 // being the head's width rounded up to 8, the rest zeros. A query at position p sees keys max(0, p - window + 1) to p.
 #include "common.cuh"
 
-__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
-
 __device__ __forceinline__ int first_key(int position, int window) {
     return window > 0 ? max(0, position - window + 1) : 0;
 }

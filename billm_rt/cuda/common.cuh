@@ -33,6 +33,8 @@ __device__ __forceinline__ void store_float(void* base, size_t index, int dtype,
     }
 }
 
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+
 __device__ __forceinline__ float warp_sum(float value) {
     for (int lane = WARP / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(ALL_LANES, value, lane);
     return value;

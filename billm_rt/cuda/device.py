@@ -44,6 +44,22 @@ class Device(Protocol):
         """Return an array of zeros."""
         ...
 
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return a page-locked array on the host, for `copy_in` and `copy_out`."""
+        ...
+
+    def copy_in(self, target: Any, source: NDArray[Any]) -> None:
+        """Copy a page-locked array to the device without waiting: it must stay as it is until then."""
+        ...
+
+    def copy_out(self, target: NDArray[Any], source: Any) -> None:
+        """Copy from the device to a page-locked array, there after the next `wait`."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for all work so far."""
+        ...
+
     def free_bytes(self) -> int:
         """Return how much memory can still be had."""
         ...
@@ -86,7 +102,9 @@ class CupyDevice:
         self._cupy = cupy = import_module("cupy")
         self._device = cupy.cuda.Device(index)
         self._device.use()
-        properties = cupy.cuda.runtime.getDeviceProperties(index)
+        self._runtime = cupy.cuda.runtime
+        self._pinned = import_module("cupyx").empty_pinned
+        properties = self._runtime.getDeviceProperties(index)
         self.name = properties["name"].decode()
         self.multiprocessors = int(properties["multiProcessorCount"])
         self.shared_per_multiprocessor = int(properties["sharedMemPerMultiprocessor"])
@@ -102,8 +120,7 @@ class CupyDevice:
         target = out.reshape(-1).view(np.uint8)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         if not self._staging:
-            empty_pinned = import_module("cupyx").empty_pinned
-            self._staging = [(empty_pinned(_STAGING_BYTES, np.uint8), cupy.cuda.Event()) for _ in range(2)]
+            self._staging = [(self.pinned((_STAGING_BYTES,), np.uint8), cupy.cuda.Event()) for _ in range(2)]
         for start in range(0, data.size, _STAGING_BYTES):
             buffer, copied = self._staging[0]
             self._staging.reverse()
@@ -126,6 +143,26 @@ class CupyDevice:
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return an array of zeros; DoesNotFitError as `empty`."""
         return self._allocated(lambda: self._cupy.zeros(shape, dtype))
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return a page-locked array."""
+        array: NDArray[Any] = self._pinned(shape, dtype)
+        return array
+
+    def copy_in(self, target: Any, source: NDArray[Any]) -> None:
+        """Copy to the device, in the order of the current stream."""
+        self._copy(target.data.ptr, source.ctypes.data, source.nbytes, self._runtime.memcpyHostToDevice)
+
+    def copy_out(self, target: NDArray[Any], source: Any) -> None:
+        """Copy to the host, in the order of the current stream."""
+        self._copy(target.ctypes.data, source.data.ptr, source.nbytes, self._runtime.memcpyDeviceToHost)
+
+    def _copy(self, to: int, source: int, nbytes: int, kind: int) -> None:
+        self._runtime.memcpyAsync(to, source, nbytes, kind, self._cupy.cuda.get_current_stream().ptr)
+
+    def wait(self) -> None:
+        """Wait for the current stream."""
+        self._cupy.cuda.get_current_stream().synchronize()
 
     def free_bytes(self) -> int:
         """Return what the driver has free and what the pool holds without using it."""

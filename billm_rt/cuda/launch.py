@@ -221,6 +221,35 @@ def multiply_size(rows: int, tokens: int) -> Size:
     return Size((ceil_div(rows, 256 // WARP * (4 if tokens == 1 else 2)), 1, 1), 256)
 
 
+# ---- sampling
+
+SURVEY, WEIGH, CHOOSE, COLLECT = (Kernel("sample.cu", name) for name in ("survey", "weigh", "choose", "collect"))
+_CHOOSE_THREADS = 1024
+
+
+class Groups(NamedTuple):
+    """How a row of logits is cut into runs, a warp each."""
+
+    size: int
+    count: int  # at most one for each thread of `choose`
+
+
+def logit_groups(vocab_size: int) -> Groups:
+    """Return the runs of a vocabulary: a load of a warp at least."""
+    size = max(WARP, ceil_div(vocab_size, _CHOOSE_THREADS))
+    return Groups(size, ceil_div(vocab_size, size))
+
+
+def per_group(groups: int) -> Size:
+    """Return the size for a warp per group."""
+    return Size((ceil_div(groups, 256 // WARP), 1, 1), 256)
+
+
+def choose_size(groups: int) -> Size:
+    """Return the size for a thread per group, with a float for each, for each warp and one more."""
+    return Size((1, 1, 1), _CHOOSE_THREADS, 4 * (groups + _CHOOSE_THREADS // WARP + 1))
+
+
 # ---- between the Linears
 
 NORMALIZE, ROTATE_AND_STORE, ACTIVATE, ADD = (
@@ -287,6 +316,7 @@ def all_kernels() -> list[Kernel]:
     """Return every variant that can be launched."""
     kernels = [shape.kernel for shape in gemv_shapes()]
     kernels += [UNPACK, ROUND_ROWS, SCALE_PRODUCTS, NORMALIZE, ROTATE_AND_STORE, ACTIVATE, ADD, COMBINE]
+    kernels += [SURVEY, WEIGH, CHOOSE, COLLECT]
     for dtype, (_, counts) in _TABLE_TYPES.items():
         kernels += [gather_kernel(dtype)]
         kernels += [multiply_kernel(dtype, count, tokens) for count in counts for tokens in (1, MAX_TABLE_TOKENS)]

@@ -7,6 +7,7 @@ from billm_format.errors import DoesNotFitError
 from billm_format.layout import LINEAR_KINDS
 from billm_format.reader import BillmFile
 from billm_rt.cuda import launch
+from billm_rt.cuda.logits import survey_bytes
 
 # The pool hands out memory in units of this size.
 _UNIT = 512
@@ -93,10 +94,9 @@ def scratch_bytes(config: ModelConfig, ctx: int, tokens: int) -> int:
     widths = 4 * config.hidden_size + 2 * config.embedding_size + 2 * heads + up + config.intermediate_size
     few = min(tokens, launch.FEW_TOKENS)
     partial = few * config.num_attention_heads * launch.MOST_SPLITS * (launch.padded_width(config.head_dim) + 2)
-    logits = launch.MAX_TABLE_TOKENS * config.vocab_size
     rotary = max(2 * 1024, 2 * ctx) * config.head_dim
     unpacked = max((_unpacked(rows, cols, tokens) for rows, cols, _ in linears.values()), default=0)
-    return _LIBRARY_BYTES + 4 * (tokens * widths + partial + logits + rotary) + unpacked
+    return _LIBRARY_BYTES + 4 * (tokens * widths + partial + rotary) + unpacked + survey_bytes(config.vocab_size)
 
 
 def _unpacked(rows: int, cols: int, tokens: int) -> int:

@@ -39,6 +39,11 @@ template <class To, class From> inline To bits_as(From from) {
     std::memcpy(&to, &from, sizeof to);
     return to;
 }
+inline u32 atomicAdd(u32* address, u32 value) { // fibers give way at barriers alone
+    u32 before = *address;
+    *address = before + value;
+    return before;
+}
 inline u32 __float_as_uint(float x) { return bits_as<u32>(x); }
 inline float __uint_as_float(u32 x) { return bits_as<float>(x); }
 

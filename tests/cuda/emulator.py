@@ -127,6 +127,21 @@ class EmulatedDevice:
                 raise EmulationError(f"a write outside an array of {nbytes} bytes")
         self._memory.clear()
 
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Return any array."""
+        return np.empty(shape, dtype)
+
+    def copy_in(self, target: NDArray[Any], source: NDArray[Any]) -> None:
+        """Copy at once."""
+        target[...] = source
+
+    def copy_out(self, target: NDArray[Any], source: NDArray[Any]) -> None:
+        """Copy at once."""
+        target[...] = source
+
+    def wait(self) -> None:
+        """Nothing is ever under way."""
+
     def multiply_halves(self, x: NDArray[Any], weight: NDArray[Any], out: NDArray[Any]) -> None:
         """out = x weight^T."""
         out[:] = x.astype(np.float32) @ weight.astype(np.float32).T

@@ -136,7 +136,7 @@ def test_tables(dtype: Any, width: int, device: Device, rng: np.random.Generator
     assert references.error(device.download(backend.embed(ids, table)), wide[ids]) < 1e-6
     for tokens in (1, 2, 8, 11):
         x = rng.standard_normal((tokens, width)).astype(np.float32)
-        assert references.error(backend.head(device.upload(x), table), x.astype(np.float64) @ wide.T) < 1e-6
+        assert references.error(backend.logits(backend.head(device.upload(x), table)), x.astype(np.float64) @ wide.T) < 1e-6
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -16,7 +16,9 @@ from billm_rt.cuda.cache import DeviceCache
 from billm_rt.cuda.launch import Kernel
 from billm_rt.cuda.layers import attend
 from billm_rt.cuda.linear import LinearGroup
+from billm_rt.cuda.logits import DeviceLogits
 from billm_rt.cuda_backend import CudaBackend
+from billm_rt.sampling import Sampling
 
 Check = Callable[[EmulatedDevice, RandomLinear, np.random.Generator], float]
 
@@ -33,7 +35,7 @@ def head(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Gen
     weight, x = rng.integers(-127, 128, (19, 64), np.int8), rng.standard_normal((1, 64)).astype(np.float32)
     backend = CudaBackend(device)
     table = backend.load_table(Table(weight, weight.shape[1], np.ones(19, np.float16)))
-    return references.error(backend.head(x, table), x.astype(np.float64) @ weight.astype(np.float64).T)
+    return references.error(backend.logits(backend.head(x, table)), x.astype(np.float64) @ weight.astype(np.float64).T)
 
 
 def attention(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Generator) -> float:
@@ -50,8 +52,23 @@ def attention(device: EmulatedDevice, random_linear: RandomLinear, rng: np.rando
     return references.error(attend(device, query, array, cache.past, 69, config), wanted.reshape(1, 32))
 
 
+def sampling(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Generator) -> float:
+    """Return the share of a survey's groups and of its list that is wrong."""
+    logits = rng.standard_normal(2000).astype(np.float32)
+    logits[33] = 9
+    rows = DeviceLogits(device, logits.size)
+    rows.array[0] = logits
+    found = rows.survey(0, Sampling(temperature=1, top_k=40, repeat_penalty=2), np.array([33]))
+    logits[33] = 4.5
+    sums = np.add.reduceat(np.exp(logits - logits.max()), np.arange(0, 2000, found.size))
+    wrong = ~np.isclose(found.sums, sums, rtol=1e-4)
+    missing = np.setdiff1d(np.argsort(logits)[-40:], found.ids)
+    return float(wrong.mean()) + missing.size / 40
+
+
 GEMV = launch.gemv_shape(2, 2, 128).kernel
 HEAD = launch.multiply_kernel(np.dtype(np.int8), 64, 1)
+SAMPLE = [launch.SURVEY, launch.WEIGH, launch.CHOOSE, launch.COLLECT]
 ATTEND = Kernel("attention.cu", "attend_few<1, 1>")
 
 
@@ -64,6 +81,10 @@ ATTEND = Kernel("attention.cu", "attend_few<1, 1>")
         pytest.param(gemv, [GEMV], "~(s0 | salient[i])", "~(s0 & salient[i])", id="class"),
         pytest.param(head, [HEAD], "values[start + i]) * few", "values[start]) * few", id="head"),
         pytest.param(attention, [ATTEND, launch.COMBINE], "min(first + each, position + 1)", "position", id="key"),
+        pytest.param(sampling, SAMPLE, "logit / ask->penalty", "logit * ask->penalty", id="penalty"),
+        pytest.param(sampling, SAMPLE, "min((group + 1) * size, vocab)", "(group + 1) * size", id="sum"),
+        pytest.param(sampling, SAMPLE, "all[i] > mine ||", "all[i] < mine ||", id="rank"),
+        pytest.param(sampling, SAMPLE, "found->bound)) return", "found->best)) return", id="list"),
     ],
 )
 def test_a_planted_error_shows(

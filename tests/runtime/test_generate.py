@@ -35,8 +35,8 @@ class Scripted:
         self.script = list(script)
         self.read: list[list[int]] = []
 
-    def forward(self, ids: Sequence[int], cache: KVCache, *, logits: str) -> np.ndarray:
-        assert logits == "last"
+    def rows(self, ids: Sequence[int], cache: KVCache, *, logits: str = "last") -> np.ndarray:
+        assert logits == "last" or len(ids) == 1
         self.read.append(list(ids))
         cache.require(len(ids))
         cache.commit(ids)
@@ -243,7 +243,7 @@ def test_proposals_follow_the_latest_longest_match(rng: np.random.Generator) -> 
 class Parrot(Scripted):
     """Continues one given text, wherever it is made to read, and records what it was made to read."""
 
-    def forward(self, ids: Sequence[int], cache: KVCache, *, logits: str) -> np.ndarray:
+    def rows(self, ids: Sequence[int], cache: KVCache, *, logits: str = "last") -> np.ndarray:
         self.read.append(list(ids))
         cache.require(len(ids))
         first = len(cache)
@@ -308,7 +308,7 @@ class OneByOne:
         self.config, self.tokenizer, self.new_cache = model.config, model.tokenizer, model.new_cache
         self.model = model
 
-    def forward(self, ids: Sequence[int], cache: KVCache, *, logits: str) -> np.ndarray:
+    def rows(self, ids: Sequence[int], cache: KVCache, *, logits: str = "last") -> np.ndarray:
         rows = [self.model.forward([token], cache) for token in ids]
         return np.concatenate(rows if logits == "all" else rows[-1:])
 
