@@ -6,9 +6,9 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from billm_format.reader import BillmFile
 from billm_rt.cache import KVCache
 from billm_rt.sampling import Logits
 
+T = TypeVar("T")
 Array = NDArray[np.float32]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -126,8 +127,25 @@ class Backend(Protocol):
         """Return the layers as one call that does what the loop in `model.py` does, or the operations for the loop."""
         ...
 
-    def embed(self, token_ids: NDArray[np.int64], table: Any) -> Any:
-        """Return the rows of `table` that `token_ids` names, float32 [tokens, width]."""
+    def take_step(
+        self,
+        step: Callable[[Any, Any], T],
+        kind: str,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        cache: KVCache,
+    ) -> T:
+        """Return step(token_ids, positions) for tokens that go behind those in the cache, ids and positions as `embed`
+        takes them. Steps of one `kind` are the same work but for these: a device may do what it recorded of an earlier.
+        """
+        ...
+
+    def embed(self, rows: Any, table: Any) -> Any:
+        """Return the rows of `table` that are named, float32 [tokens, width]."""
+        ...
+
+    def add(self, x: Any, y: Any) -> Any:
+        """Return x + y; may overwrite x."""
         ...
 
     def head(self, x: Any, table: Any) -> Any:

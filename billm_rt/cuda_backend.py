@@ -1,8 +1,8 @@
 """The GPU back end: everything on one CUDA device; activations float32, keys and values binary16."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,14 @@ from billm_rt.cache import KVCache
 from billm_rt.cuda import launch, memory
 from billm_rt.cuda.cache import DeviceCache
 from billm_rt.cuda.device import Device
-from billm_rt.cuda.layers import DeviceLayers, normalize
+from billm_rt.cuda.layers import DeviceLayers, add, normalize
 from billm_rt.cuda.linear import LinearGroup
 from billm_rt.cuda.logits import DeviceLogits, DeviceRow
 from billm_rt.reference import rotary_table, some_rows
 from billm_rt.sampling import Logits
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,7 @@ class CudaBackend:
         self.reason = device.name
         self._device = device
         self._rotary: tuple[Any, Any] | None = None
+        self._longest = 0  # context of the caches
         self._logits: DeviceLogits | None = None
 
     def require(self, file: BillmFile, ctx: int) -> None:
@@ -60,7 +64,8 @@ class CudaBackend:
 
     def new_cache(self, config: ModelConfig, ctx: int) -> KVCache:
         """Return an empty cache in device memory."""
-        return DeviceCache(config, ctx, self._device)
+        self._longest = max(self._longest, ctx)
+        return DeviceCache(config, ctx, self._device, self.chunk)
 
     def load_tensor(self, array: NDArray[Any]) -> Any:
         """Return a small tensor as float32 on the device."""
@@ -89,14 +94,32 @@ class CudaBackend:
             )
         return DeviceLayers(self._device, config, layers)
 
-    def embed(self, token_ids: NDArray[np.int64], table: DeviceTable) -> Any:
-        """Return the rows of `table` that `token_ids` names, float32 [tokens, width]."""
-        tokens, width = token_ids.size, table.weight.shape[1]
+    def take_step(
+        self,
+        step: Callable[[Any, Any], T],
+        kind: str,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        cache: KVCache,
+    ) -> T:
+        """Take the step, or replay what was recorded of one like it."""
+        if not isinstance(cache, DeviceCache):
+            raise TypeError(f"cache: wanted one that Model.new_cache made, found {type(cache).__name__}")
+        result: T = cache.run(step, kind, token_ids, positions)
+        return result
+
+    def embed(self, rows: Any, table: DeviceTable) -> Any:
+        """Return the rows of `table` that int32 `rows` [tokens] on the device name, float32 [tokens, width]."""
+        tokens, width = rows.size, table.weight.shape[1]
         out = self._device.empty((tokens, width), np.float32)
-        ids = self._device.upload(token_ids.astype(np.int32))
         kernel, size = launch.gather_kernel(table.weight.dtype), launch.per_column(width, tokens)
-        self._device.launch(kernel, size, ids, table.weight, table.scale, out, np.int32(width))
+        self._device.launch(kernel, size, rows, table.weight, table.scale, out, np.int32(width))
         return out
+
+    def add(self, x: Any, y: Any) -> Any:
+        """Return the sum in x."""
+        add(self._device, x, y)
+        return x
 
     def head(self, x: Any, table: DeviceTable) -> "Few | NDArray[np.float32]":
         """Return x times the table's transpose, float32 [tokens, rows]: that of few tokens stays on the device."""
@@ -149,9 +172,12 @@ class CudaBackend:
         return normalize(self._device, x, Norm(weight, bias), eps, keep=True)
 
     def rotary_table(self, start: int, count: int, inv_freq: Any, scale: float) -> tuple[Any, Any]:
-        """Return cos and sin, float32 [positions, head_dim / 2], of positions from 0 on, at least to start + count."""
+        """Return cos and sin, float32 [positions, head_dim / 2], of positions from 0 on.
+
+        Of all that the caches may come to hold: a step that is replayed has the table that it was recorded with.
+        """
         if self._rotary is None or self._rotary[0].shape[0] < start + count:
-            positions = 1 << max(10, (start + count - 1).bit_length())
+            positions = max(self._longest, start + count)
             angles = rotary_table(0, positions, self._device.download(inv_freq), scale)
             cos, sin = (self._device.upload(part[:, 0]) for part in angles)
             self._rotary = cos, sin

@@ -99,11 +99,10 @@ class Model:
         cache.require(ids.size)
         chunk = self.backend.chunk
         for start in range(0, ids.size, chunk):
-            hidden = self._decode(ids[start : start + chunk], cache)
-            if logits == "all":
-                yield self._logits(hidden)
-            elif logits == "last" and start + chunk >= ids.size:
-                yield self._logits(hidden[-1:])
+            ends = start + chunk >= ids.size
+            head = self._read(ids[start : start + chunk], cache, "none" if logits == "last" and not ends else logits)
+            if head is not None:
+                yield head
 
     def logits(self, token_ids: ArrayLike) -> Array:
         """Return the logits float32 [tokens, vocab_size] of every position of a text read from its start."""
@@ -145,26 +144,35 @@ class Model:
 
     # ---- the decoder, top to bottom
 
-    def _decode(self, ids: NDArray[np.int64], cache: KVCache) -> Array:
-        """Run one chunk through all layers; return hidden states [tokens, hidden_size] after the last norm."""
-        backend, config, start = self.backend, self.config, len(cache)
+    def _read(self, ids: NDArray[np.int64], cache: KVCache, logits: Literal["last", "all", "none"]) -> Any:
+        """Run one chunk through the model, count it as held, and return what the back end has for logits."""
+        positions = np.arange(len(cache), len(cache) + ids.size)
+
+        def step(ids: Any, positions: Any) -> Any:
+            hidden = self._decode(ids, positions, cache)
+            return None if logits == "none" else self._logits(hidden if logits == "all" else hidden[-1:])
+
         # Overflow to infinity is part of the arithmetic (exp in SiLU); what it must not do is print.
         with np.errstate(all="ignore"):
-            x: Array = backend.embed(ids, self._embed_table)
-            if self._project_in is not None:
-                x = backend.dense(x, self._project_in)
-            table = None
-            if self._inv_freq is not None:
-                table = backend.rotary_table(start, ids.size, self._inv_freq, config.rope_scale)
-            else:
-                rows = np.arange(start, start + ids.size) + config.position_offset
-                x = x + backend.embed(rows, self._positions)
-            if isinstance(self._runner, FusedLayers):
-                self._runner.run(x, cache, table)
-            else:
-                x = self._run_layers(x, self._runner, cache, table)
-            cache.commit(ids.tolist())
-        return x
+            head = self.backend.take_step(step, logits, ids, positions + self.config.position_offset, cache)
+        cache.commit(ids.tolist())
+        return head
+
+    def _decode(self, ids: Any, positions: Any, cache: KVCache) -> Array:
+        """Return the hidden states [tokens, hidden_size] behind the last layer; write the cache, without committing."""
+        backend = self.backend
+        x: Array = backend.embed(ids, self._embed_table)
+        if self._project_in is not None:
+            x = backend.dense(x, self._project_in)
+        table = None
+        if self._inv_freq is not None:
+            table = backend.rotary_table(len(cache), x.shape[0], self._inv_freq, self.config.rope_scale)
+        else:
+            x = backend.add(x, backend.embed(positions, self._positions))
+        if isinstance(self._runner, FusedLayers):
+            self._runner.run(x, cache, table)
+            return x
+        return self._run_layers(x, self._runner, cache, table)
 
     def _run_layers(self, x: Array, ops: LayerOps, cache: KVCache, table: tuple[Array, Array] | None) -> Array:
         pre = self.config.norm_position == "pre"
@@ -197,12 +205,11 @@ class Model:
         return ops.linears(inner, layer.down)[0]
 
     def _logits(self, hidden: Array) -> Any:
-        with np.errstate(all="ignore"):
-            if self._final_norm is not None:
-                hidden = self._norm(hidden, self._final_norm)
-            if self._project_out is not None:
-                hidden = self.backend.dense(hidden, self._project_out)
-            return self.backend.head(hidden, self._head_table)
+        if self._final_norm is not None:
+            hidden = self._norm(hidden, self._final_norm)
+        if self._project_out is not None:
+            hidden = self.backend.dense(hidden, self._project_out)
+        return self.backend.head(hidden, self._head_table)
 
     def _norm(self, x: Array, norm: Norm) -> Array:
         eps = self.config.norm_eps

@@ -3,8 +3,8 @@
 Weights are dequantized a few rows at a time and thrown away: the model is never in memory as floats.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from billm_format.packing import PackedLinear, Table
 from billm_format.reader import BillmFile
 from billm_rt.backend import Activation, Array, FusedLayers, Layer, LayerOps
 from billm_rt.cache import KVCache
+
+T = TypeVar("T")
 
 # Elements of one float32 scratch array: weights of a few rows, scores of a few queries, keys of a few heads.
 _WEIGHT_ELEMENTS = 1 << 18
@@ -61,10 +63,26 @@ class ReferenceBackend:
         """Return W x + bias for every Linear, W dequantized a few rows at a time."""
         return [_linear(x, linear) for linear in group]
 
-    def embed(self, token_ids: NDArray[np.int64], table: Any) -> Array:
+    def take_step(
+        self,
+        step: Callable[[Any, Any], T],
+        kind: str,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        cache: KVCache,
+    ) -> T:
+        """Take the step."""
+        return step(token_ids, positions)
+
+    def embed(self, rows: NDArray[np.int64], table: Any) -> Array:
         """Return float32 rows of the table."""
-        values: Array = table.take(token_ids)
+        values: Array = table.take(rows)
         return values
+
+    def add(self, x: Array, y: Array) -> Array:
+        """Return the sum in x."""
+        x += y
+        return x
 
     def head(self, x: Array, table: Any) -> Array:
         """Return x times the table's transpose, the table turned into float32 a few rows at a time."""

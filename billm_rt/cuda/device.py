@@ -2,6 +2,8 @@
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +21,15 @@ _STAGING_BYTES = 32 << 20
 _PLAIN_SHARED = 48 << 10
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Launches and copies that are done again by one call."""
+
+    result: Any  # what the work returned: arrays that every replay writes
+    replay: Callable[[], None]
+    holds: Any  # the memory that it works on
 
 
 class Device(Protocol):
@@ -58,6 +69,13 @@ class Device(Protocol):
 
     def wait(self) -> None:
         """Wait for all work so far."""
+        ...
+
+    def record(self, work: Callable[[], Any]) -> Recording:
+        """Record the launches and copies of `work`, which is done at least once meanwhile; replay for the result.
+
+        Their arguments, sizes and addresses stay what they are; what the arrays and page-locked memory hold does not.
+        """
         ...
 
     def free_bytes(self) -> int:
@@ -109,6 +127,7 @@ class CupyDevice:
         self.multiprocessors = int(properties["multiProcessorCount"])
         self.shared_per_multiprocessor = int(properties["sharedMemPerMultiprocessor"])
         self._kernels: dict[Kernel, Any] = {}
+        self._kept: list[Any] | None = None  # the arguments of launches while they are captured
         self._staging: list[tuple[Any, Any]] = []  # (page-locked bytes, event behind the last copy from them)
 
     def upload(self, array: NDArray[Any]) -> Any:
@@ -152,17 +171,50 @@ class CupyDevice:
     def copy_in(self, target: Any, source: NDArray[Any]) -> None:
         """Copy to the device, in the order of the current stream."""
         self._copy(target.data.ptr, source.ctypes.data, source.nbytes, self._runtime.memcpyHostToDevice)
+        self._keep(target, source)
 
     def copy_out(self, target: NDArray[Any], source: Any) -> None:
         """Copy to the host, in the order of the current stream."""
         self._copy(target.ctypes.data, source.data.ptr, source.nbytes, self._runtime.memcpyDeviceToHost)
+        self._keep(target, source)
 
     def _copy(self, to: int, source: int, nbytes: int, kind: int) -> None:
+        # Not the methods of arrays: those refuse while a graph is captured, and page-locked memory may be copied then.
         self._runtime.memcpyAsync(to, source, nbytes, kind, self._cupy.cuda.get_current_stream().ptr)
+
+    def _keep(self, *arguments: Any) -> None:
+        if self._kept is not None:
+            self._kept.append(arguments)
 
     def wait(self) -> None:
         """Wait for the current stream."""
         self._cupy.cuda.get_current_stream().synchronize()
+
+    def record(self, work: Callable[[], Any]) -> Recording:
+        """Capture a CUDA graph; it is launched on what is the current stream then.
+
+        What `work` allocates comes from a pool of the graph's own: nobody else gets memory that a replay writes. Done
+        once before the capture, it compiles what it needs and leaves the pool with all the memory that it takes.
+        """
+        cuda = self._cupy.cuda
+        pool = cuda.MemoryPool()
+        kept: list[Any] = []
+        self.wait()
+        with cuda.Stream(non_blocking=True) as stream, cuda.using_allocator(pool.malloc):
+            work()
+            stream.synchronize()
+            stream.begin_capture()
+            self._kept = kept
+            try:
+                result = work()
+            except BaseException:
+                with suppress(self._runtime.CUDARuntimeError, RuntimeError):
+                    stream.end_capture()
+                raise
+            finally:
+                self._kept = None
+            graph = stream.end_capture()
+        return Recording(result, graph.launch, (pool, kept))
 
     def free_bytes(self) -> int:
         """Return what the driver has free and what the pool holds without using it."""
@@ -184,6 +236,7 @@ class CupyDevice:
         if size.shared > _PLAIN_SHARED and function.max_dynamic_shared_size_bytes < size.shared:
             function.max_dynamic_shared_size_bytes = size.shared
         values = tuple(np.uintp(0) if value is None else value for value in arguments)
+        self._keep(*values)
         function(size.grid, (size.threads, 1, 1), values, shared_mem=size.shared)
 
     def multiply_halves(self, x: Any, weight: Any, out: Any) -> None:

@@ -224,7 +224,7 @@ def multiply_size(rows: int, tokens: int) -> Size:
 # ---- sampling
 
 SURVEY, WEIGH, CHOOSE, COLLECT = (Kernel("sample.cu", name) for name in ("survey", "weigh", "choose", "collect"))
-_CHOOSE_THREADS = 1024
+_MOST_GROUPS = 1024
 
 
 class Groups(NamedTuple):
@@ -236,7 +236,7 @@ class Groups(NamedTuple):
 
 def logit_groups(vocab_size: int) -> Groups:
     """Return the runs of a vocabulary: a load of a warp at least."""
-    size = max(WARP, ceil_div(vocab_size, _CHOOSE_THREADS))
+    size = max(WARP, ceil_div(vocab_size, _MOST_GROUPS))
     return Groups(size, ceil_div(vocab_size, size))
 
 
@@ -247,7 +247,8 @@ def per_group(groups: int) -> Size:
 
 def choose_size(groups: int) -> Size:
     """Return the size for a thread per group, with a float for each, for each warp and one more."""
-    return Size((1, 1, 1), _CHOOSE_THREADS, 4 * (groups + _CHOOSE_THREADS // WARP + 1))
+    warps = ceil_div(groups, WARP)
+    return Size((1, 1, 1), warps * WARP, 4 * (groups + warps + 1))
 
 
 # ---- between the Linears

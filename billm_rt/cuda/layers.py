@@ -41,7 +41,7 @@ class DeviceLayers:
         `rotary` is cos and sin of positions from 0 on, [at least all positions, head_dim / 2].
         """
         if not isinstance(cache, DeviceCache):
-            raise TypeError(f"cache: wanted one that Model.new_cache made, found {type(cache).__name__}")
+            raise TypeError("cache: wanted one of this device")
         arrays = cache.reserve(x.shape[0])
         delta = None  # what is still to be added to x
         for layer, array in zip(self._layers, arrays, strict=True):
@@ -69,7 +69,7 @@ class DeviceLayers:
         pointers = (qkv, layer.q_norm, layer.k_norm, cos, sin, array[0], array[1], cache.past)
         numbers = map(np.int32, (heads, kv_heads, width, padded, capacity))
         device.launch(launch.ROTATE_AND_STORE, size, *pointers, *numbers, np.float32(config.norm_eps))
-        mixed = attend(device, qkv, array, cache.past, len(cache), config)
+        mixed = attend(device, qkv, array, cache.past, config)
         return layer.o.multiply(mixed)
 
     def _mlp(self, x: Any, layer: Layer) -> Any:
@@ -82,11 +82,10 @@ class DeviceLayers:
         return layer.down.multiply(out)
 
 
-def attend(device: Device, qkv: Any, array: Any, past: Any, held: int, config: ModelConfig) -> Any:
+def attend(device: Device, qkv: Any, array: Any, past: Any, config: ModelConfig) -> Any:
     """Return the mixed values [tokens, heads * head_dim] for queries at the start of each row of qkv.
 
-    `array` is one layer's cache, which already holds these tokens' keys behind its first `held`; `past` says `held` on
-    the device.
+    `array` is one layer's cache, which already holds these tokens' keys behind the first *past.
     """
     tokens, stride = qkv.shape
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -98,7 +97,8 @@ def attend(device: Device, qkv: Any, array: Any, past: Any, held: int, config: M
         kernel, size = launch.attend_many(tokens, heads, width)
         device.launch(kernel, size, qkv, array[0], array[1], past, out, *map(np.int32, (tokens, *shape)))
         return out
-    seen = min(held + tokens, window or held + tokens)
+    # Split for a full cache: a step that is replayed sees more keys each time.
+    seen = min(capacity, window or capacity)
     few = launch.attend_few(tokens, seen, heads, kv_heads, width, device.multiprocessors)
     partial = device.empty((tokens, heads, few.splits, padded + 2), np.float32)
     device.launch(few.kernel, few.size, qkv, array[0], array[1], past, partial, *map(np.int32, shape))

@@ -1,20 +1,17 @@
 """The logits of a few tokens, left on the device: what a draw needs of them comes to the host, some kilobytes."""
 
 import math
+import struct
 
 import numpy as np
 from numpy.typing import NDArray
 
 from billm_rt.cuda import launch
-from billm_rt.cuda.device import Device
+from billm_rt.cuda.device import Device, Recording
 from billm_rt.sampling import FEW_TOKENS, Float32, Int64, Sampling, Survey
 
 # `struct Ask`, `struct Found` and `struct Entry` of sample.cu.
-ASK = np.dtype(
-    [(name, np.float32) for name in ("inverse", "temperature", "share", "offset")]
-    + [("top_k", np.int32), ("penalty", np.float32), ("recent", np.int32), ("padding", np.int32)]
-)
-FOUND = np.dtype([("count", np.uint32), ("best", np.float32), ("bound", np.float32), ("padding", np.uint32)])
+ASK, FOUND = struct.Struct("=4fifi4x"), struct.Struct("=Iff4x")
 ENTRY = np.dtype([("id", np.int32), ("logit", np.float32)])
 # Logits that a survey lists at most.
 CAPACITY = 1024
@@ -23,7 +20,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 def survey_bytes(vocab_size: int) -> int:
     """Return the device memory of a `DeviceLogits`, but for long lists of recent tokens."""
-    answer = FOUND.itemsize + 4 * launch.logit_groups(vocab_size).count + CAPACITY * ENTRY.itemsize
+    answer = FOUND.size + 4 * launch.logit_groups(vocab_size).count + CAPACITY * ENTRY.itemsize
     return 4 * vocab_size * (launch.MAX_TABLE_TOKENS + 1) + 4 * launch.logit_groups(vocab_size).count + answer + 512
 
 
@@ -39,29 +36,30 @@ class DeviceLogits:
         self._penalised = device.empty((vocab_size,), np.float32)
         self._maxima = device.empty((count,), np.float32)
         # One array, so that one copy brings all of it: FOUND, the groups' sums, ENTRY [CAPACITY].
-        self._cuts = FOUND.itemsize, FOUND.itemsize + 4 * count
+        self._cuts = FOUND.size, FOUND.size + 4 * count
         nbytes = self._cuts[1] + CAPACITY * ENTRY.itemsize
         self._answer = device.empty((nbytes,), np.uint8)
         self._answer_here = device.pinned((nbytes,), np.uint8)
+        self._sums = self._answer_here[self._cuts[0] : self._cuts[1]].view(np.float32)
+        self._entries = self._answer_here[self._cuts[1] :].view(ENTRY)
         self._make_ask(64)
 
     def _make_ask(self, recent: int) -> None:
-        nbytes = ASK.itemsize + 4 * recent
+        nbytes = ASK.size + 4 * recent
+        self._recorded: dict[int, Recording | None] = {}
         self._ask, self._ask_here = self._device.empty((nbytes,), np.uint8), self._device.pinned((nbytes,), np.uint8)
 
     def survey(self, row: int, options: Sampling, recent: Int64) -> Survey:
         """See `sampling.RemoteLogits`."""
         listed = self._write_ask(options, recent)
-        self._run(row)
+        self._survey(row)
         self._device.wait()
-        here, (sums_at, entries_at) = self._answer_here, self._cuts
-        found = here[:sums_at].view(FOUND)[0]
-        count = int(found["count"])
-        entries = here[entries_at:].view(ENTRY)[: min(count, CAPACITY)]
-        entries = entries[np.argsort(entries["id"])]
-        ids, logits = entries["id"].astype(np.int64), entries["logit"].copy()
-        sums = here[sums_at:entries_at].view(np.float32)
-        return Survey(float(found["best"]), self._groups.size, sums, ids, logits, listed and count <= CAPACITY)
+        count, best, _ = FOUND.unpack_from(self._answer_here)
+        entries = self._entries[: min(count, CAPACITY)]
+        ids, logits = entries["id"].astype(np.int64), entries["logit"]
+        order = ids.argsort()
+        complete = listed and count <= CAPACITY
+        return Survey(best, self._groups.size, self._sums, ids[order], logits[order], complete)
 
     def read(self, start: int, stop: int) -> Float32:
         """See `sampling.RemoteLogits`."""
@@ -69,18 +67,28 @@ class DeviceLogits:
 
     def _write_ask(self, options: Sampling, recent: Int64) -> bool:
         """Say what is wanted; return whether that makes a list."""
-        if ASK.itemsize + 4 * recent.size > self._ask_here.size:
+        if ASK.size + 4 * recent.size > self._ask_here.size:
             self._make_ask(1 << (recent.size - 1).bit_length())
-        ask, cold = self._ask_here[: ASK.itemsize].view(ASK)[0], options.temperature == 0
-        ask["penalty"], ask["recent"] = options.repeat_penalty, recent.size
-        self._ask_here[ASK.itemsize : ASK.itemsize + 4 * recent.size] = recent.astype(np.int32).view(np.uint8)
-        ask["temperature"] = options.temperature
-        ask["inverse"] = 1 if cold else min(1 / options.temperature, _LARGEST)
-        ask["top_k"] = options.top_k if not cold and 0 < options.top_k < self.size else 0
-        share = 1 - options.top_p
-        ask["share"] = 0 if cold or ask["top_k"] else share / FEW_TOKENS
-        ask["offset"] = _offset(options)
-        return bool(cold or ask["top_k"] or share or options.min_p)
+        if recent.size:
+            self._ask_here[ASK.size : ASK.size + 4 * recent.size] = recent.astype(np.int32).view(np.uint8)
+        temperature, cold = options.temperature, options.temperature == 0
+        inverse = 1 if cold else min(1 / temperature, _LARGEST)
+        top_k = options.top_k if not cold and options.top_k < self.size else 0
+        share = 0 if cold or top_k else (1 - options.top_p) / FEW_TOKENS
+        numbers = inverse, temperature, share, _offset(options), top_k, options.repeat_penalty, recent.size
+        ASK.pack_into(self._ask_here, 0, *numbers)
+        return bool(cold or top_k or share or options.min_p)
+
+    def _survey(self, row: int) -> None:
+        """Run the kernels: the first time as they are, then recorded and replayed."""
+        if row not in self._recorded:
+            self._run(row)
+            self._recorded[row] = None
+            return
+        recorded = self._recorded[row]
+        if recorded is None:
+            recorded = self._recorded[row] = self._device.record(lambda: self._run(row))
+        recorded.replay()
 
     def _run(self, row: int) -> None:
         device, (size, groups) = self._device, self._groups

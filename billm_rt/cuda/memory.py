@@ -94,7 +94,7 @@ def scratch_bytes(config: ModelConfig, ctx: int, tokens: int) -> int:
     widths = 4 * config.hidden_size + 2 * config.embedding_size + 2 * heads + up + config.intermediate_size
     few = min(tokens, launch.FEW_TOKENS)
     partial = few * config.num_attention_heads * launch.MOST_SPLITS * (launch.padded_width(config.head_dim) + 2)
-    rotary = max(2 * 1024, 2 * ctx) * config.head_dim
+    rotary = ctx * config.head_dim
     unpacked = max((_unpacked(rows, cols, tokens) for rows, cols, _ in linears.values()), default=0)
     return _LIBRARY_BYTES + 4 * (tokens * widths + partial + rotary) + unpacked + survey_bytes(config.vocab_size)
 

@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from billm_rt.cuda.device import Recording
 from billm_rt.cuda.launch import Kernel, Size
 from billm_rt.cuda.source import source
 
@@ -59,6 +60,8 @@ class EmulatedDevice:
         """Compile `kernels` into `folder`; `edits` are replacements (each must hit once) in their text, for a test."""
         self._edits = edits
         self._memory: list[tuple[weakref.ref[NDArray[np.uint8]], int]] = []
+        self._recorded: list[Callable[[], None]] | None = None  # while a recording is made
+        self.replays = 0
         self.held = self.most_held = 0  # bytes of the arrays that are alive, now and at most
         files: dict[str, list[str]] = {}
         for kernel in kernels:
@@ -86,14 +89,42 @@ class EmulatedDevice:
         loaded.emulate.restype = ctypes.c_char_p
         return loaded
 
+    def record(self, work: Callable[[], Any]) -> Recording:
+        """Do the work, then do it again without any of its launches and copies being done: replays do them."""
+        work()
+        self._recorded = recorded = []
+        try:
+            result = work()
+        finally:
+            self._recorded = None
+
+        def replay() -> None:
+            self.replays += 1
+            for launch in recorded:
+                launch()
+
+        return Recording(result, replay, None)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        if self._recorded is None:
+            work()
+        else:
+            self._recorded.append(work)
+
+    def _refuse_while_recording(self) -> None:
+        if self._recorded is not None:
+            raise EmulationError("what waits for the device cannot be recorded")
+
     def upload(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return a copy."""
+        self._refuse_while_recording()
         copy = self.empty(array.shape, array.dtype)
         copy[...] = array
         return copy
 
     def download(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return the array itself."""
+        self._refuse_while_recording()
         return array
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
@@ -115,6 +146,7 @@ class EmulatedDevice:
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Return zeros, between the same margins."""
+        self._refuse_while_recording()
         array = self.empty(shape, dtype)
         array.fill(0)
         return array
@@ -133,17 +165,19 @@ class EmulatedDevice:
 
     def copy_in(self, target: NDArray[Any], source: NDArray[Any]) -> None:
         """Copy at once."""
-        target[...] = source
+        self._do(lambda: np.copyto(target, source))
 
     def copy_out(self, target: NDArray[Any], source: NDArray[Any]) -> None:
         """Copy at once."""
-        target[...] = source
+        self._do(lambda: np.copyto(target, source))
 
     def wait(self) -> None:
-        """Nothing is ever under way."""
+        """Return: nothing is ever under way."""
+        self._refuse_while_recording()
 
     def multiply_halves(self, x: NDArray[Any], weight: NDArray[Any], out: NDArray[Any]) -> None:
         """out = x weight^T."""
+        self._refuse_while_recording()
         out[:] = x.astype(np.float32) @ weight.astype(np.float32).T
 
     def pointer(self, array: NDArray[Any]) -> int:
@@ -156,9 +190,13 @@ class EmulatedDevice:
         values = (ctypes.c_void_p * len(boxes))(*(ctypes.addressof(box) for box in boxes))
         grid, block = (ctypes.c_uint * 3)(*size.grid), (ctypes.c_uint * 3)(size.threads, 1, 1)
         emulate = self._libraries[kernel.file].emulate
-        error = emulate(kernel.expression.encode(), grid, block, ctypes.c_size_t(size.shared), values)
-        if error:
-            raise EmulationError(f"{kernel.expression}: {error.decode()}")
+
+        def run(boxes: Any = boxes, arrays: Any = arguments) -> None:  # both stay alive with it
+            error = emulate(kernel.expression.encode(), grid, block, ctypes.c_size_t(size.shared), values)
+            if error:
+                raise EmulationError(f"{kernel.expression}: {error.decode()}")
+
+        self._do(run)
 
 
 def _boxed(value: Any) -> Any:

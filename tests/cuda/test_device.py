@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -68,11 +70,51 @@ class Function:
         self.launches.append((grid, block, values, shared_mem))
 
 
+class Stream:
+    """A stream that keeps a log of what becomes of it; `ptr` is its number."""
+
+    def __init__(self, log: list[Any], ptr: int = 0, non_blocking: bool = False) -> None:
+        self.log, self.ptr, self.non_blocking = log, ptr, non_blocking
+
+    def __enter__(self) -> "Stream":
+        self.log.append("enter")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.log.append("exit")
+
+    def synchronize(self) -> None:
+        self.log.append(f"synchronize {self.ptr}")
+
+    def begin_capture(self) -> None:
+        self.log.append("begin")
+
+    def end_capture(self) -> Any:
+        self.log.append("end")
+        return SimpleNamespace(launch=lambda: self.log.append("launch"))
+
+
+@contextmanager
+def using_allocator(log: list[Any], allocator: Any) -> Iterator[None]:
+    """As CuPy's."""
+    log.append(allocator)
+    try:
+        yield
+    finally:
+        log.append("allocator back")
+
+
+def copy(to: int, source: int, nbytes: int, kind: int, stream: int) -> None:
+    """As cudaMemcpyAsync; kinds 1 and 2 are to and from the device."""
+    assert kind in (1, 2) and stream == 7
+    ctypes.memmove(to, source, nbytes)
+
+
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The stand-in for CuPy; `modules` lists what was compiled."""
     module: Any = ModuleType("cupy")
-    module.modules = []
+    module.modules, module.log = [], []
 
     def compiled(*, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]) -> Any:
         module.modules.append((code, options, name_expressions, Function()))
@@ -87,9 +129,15 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     module.cuda = SimpleNamespace(
         Device=lambda index: SimpleNamespace(use=lambda: None, cublas_handle=1, mem_info=(5_000_000, 80_000_000)),
         Event=lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
-        get_current_stream=lambda: None,
+        get_current_stream=lambda: Stream(module.log, 7),
+        Stream=lambda non_blocking: Stream(module.log, 8, non_blocking),
+        MemoryPool=lambda: SimpleNamespace(malloc="the graph's pool"),
+        using_allocator=lambda allocator: using_allocator(module.log, allocator),
         memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-        runtime=SimpleNamespace(getDeviceProperties=lambda index: properties, CUDA_R_16F=2, CUDA_R_32F=0),
+        runtime=SimpleNamespace(
+            getDeviceProperties=lambda index: properties, CUDA_R_16F=2, CUDA_R_32F=0, CUDARuntimeError=RuntimeError,
+            memcpyAsync=copy, memcpyHostToDevice=1, memcpyDeviceToHost=2,
+        ),  # fmt: skip
     )
     cupyx: Any = ModuleType("cupyx")
     cupyx.empty_pinned = np.empty
@@ -149,3 +197,53 @@ def test_no_memory_is_said_with_what_is_there(cupy: Any) -> None:
 
 def test_free_is_what_the_driver_and_the_pool_have(cupy: Any) -> None:
     assert CupyDevice().free_bytes() == 7_000_000
+
+
+def test_copies_from_and_to_page_locked_memory(cupy: Any, rng: np.random.Generator) -> None:
+    device = CupyDevice()
+    here, back, there = device.pinned((5,), np.int32), device.pinned((3,), np.int32), device.zeros((5,), np.int32)
+    here[:] = rng.integers(0, 1000, 5)
+    device.copy_in(there, here)
+    device.copy_out(back, there[1:4])
+    device.wait()
+    assert np.array_equal(back, here[1:4]) and cupy.log == ["synchronize 7"]
+
+
+def test_a_recording_is_a_captured_graph(cupy: Any) -> None:
+    """Done once, then captured, on a stream and with memory of its own; what it uses stays alive with it."""
+    device = CupyDevice()
+    array, here = device.zeros((3,), np.float32), device.pinned((3,), np.float32)
+
+    def work() -> str:
+        device.launch(Kernel("decoder.cu", "add"), Size((1, 1, 1), 32), array, None, np.uint64(3))
+        device.copy_out(here, array)
+        cupy.log.append("work")
+        return "result"
+
+    def copied(*arguments: int) -> None:
+        assert arguments[2:] == (12, 2, 7)
+
+    cupy.cuda.runtime.memcpyAsync = copied
+    recording = device.record(work)
+    recording.replay()
+    before, capture = ["synchronize 7", "enter", "the graph's pool", "work", "synchronize 8"], ["begin", "work", "end"]
+    assert cupy.log == [*before, *capture, "allocator back", "exit", "launch"]
+    assert recording.result == "result"
+    pool, (launched, moved) = recording.holds
+    assert pool.malloc == "the graph's pool" and launched[0] is array and moved[0] is here and moved[1] is array
+    work()
+    assert len(recording.holds[1]) == 2
+
+
+def test_a_capture_that_fails_is_ended(cupy: Any) -> None:
+    device, times = CupyDevice(), []
+
+    def work() -> None:
+        times.append(1)
+        if len(times) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        device.record(work)
+    assert cupy.log[-3:] == ["end", "allocator back", "exit"]
+    device.launch(Kernel("decoder.cu", "add"), Size((1, 1, 1), 32), device.zeros((3,), np.float32))
