@@ -211,11 +211,9 @@ def _cuda(device: str, kv_bits: int) -> Backend:
     why = unavailable_reason(index)
     if why is not None:
         raise UsageError(f"--device {device}: {why}; use --device cpu")
-    if kv_bits != 16:
-        raise UsageError("--kv-bits 8: on a GPU the KV cache has 16 bits; leave the option out or use --device cpu")
     from billm_rt.cuda_backend import CudaBackend
 
-    return CudaBackend(CupyDevice(index), index)
+    return CudaBackend(CupyDevice(index), index, kv_bits)
 
 
 def _cpu(threads: int | None, activation_bits: int, kv_bits: int) -> Backend:

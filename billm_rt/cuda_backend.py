@@ -1,4 +1,4 @@
-"""The GPU back end: everything on one CUDA device; activations float32, keys and values binary16."""
+"""The GPU back end: everything on one CUDA device; activations float32, keys and values binary16 or int8."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,10 +47,11 @@ class CudaBackend:
 
     isa = "cuda"
     activations = "float32"
-    kv_type = "float16"
     chunk = 512  # many tokens share the unpacking of the weights
 
-    def __init__(self, device: Device, index: int = 0) -> None:
+    def __init__(self, device: Device, index: int = 0, kv_bits: int = 16) -> None:
+        self.kv_type = "float16" if kv_bits == 16 else "int8"
+        self._kv_bits = kv_bits
         self.device = f"cuda:{index}"
         self.reason = device.name
         self._device = device
@@ -60,12 +61,12 @@ class CudaBackend:
 
     def require(self, file: BillmFile, ctx: int) -> None:
         """Raise DoesNotFitError unless the device has memory for the weights, a full KV cache and the scratch."""
-        memory.require(file, ctx, self.chunk, self._device.free_bytes(), self.device)
+        memory.require(file, ctx, self._kv_bits, self.chunk, self._device.free_bytes(), self.device)
 
     def new_cache(self, config: ModelConfig, ctx: int) -> KVCache:
         """Return an empty cache in device memory."""
         self._longest = max(self._longest, ctx)
-        return DeviceCache(config, ctx, self._device, self.chunk)
+        return DeviceCache(config, ctx, self._device, self._kv_bits, self.chunk)
 
     def load_tensor(self, array: NDArray[Any]) -> Any:
         """Return a small tensor as float32 on the device."""

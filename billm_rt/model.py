@@ -272,9 +272,9 @@ def load(
 
     `device`: "auto" (the CPU, until the GPU back end is proven), "cpu", "cuda" or "cuda:N". `threads`: of the native
     kernels (default: their own choice). `exact`: float32 NumPy instead of integer activations, very slow. `ctx`:
-    context length in tokens (default: the model's, at most 4096). On the CPU, `activation_bits`: 16, all but exact, or
-    8, faster (see `cpu_backend`); `kv_bits`: 16, or 8 for half the memory of the KV cache (not with `exact`, which
-    keeps float32). Raises UsageError on bad arguments, a missing file or a device that is not there, and
+    context length in tokens (default: the model's, at most 4096). `kv_bits`: 16, or 8 for half the memory of the KV
+    cache (not with `exact`, which keeps float32). On the CPU, `activation_bits`: 16, all but exact, or 8, faster (see
+    `cpu_backend`). Raises UsageError on bad arguments, a missing file or a device that is not there, and
     CorruptFileError on a damaged file; on a GPU DoesNotFitError, before anything is
     loaded, where the weights and a KV cache of `ctx` tokens exceed the free memory.
     """

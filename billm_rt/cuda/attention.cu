@@ -1,17 +1,27 @@
-// Softmax attention over the cache, float32 but for the binary16 keys and values [kv_heads, capacity, padded], padded
-// being the head's width rounded up to 8, the rest zeros. A query at position p sees keys max(0, p - window + 1) to p.
+// Softmax attention over the cache, float32 but for keys and values [kv_heads, capacity, padded], padded being the head's
+// width rounded up to 8, the rest zeros. They are binary16 (u16), or whole numbers (i8) with a scale each [kv_heads,
+// capacity], which goes to the scores and to the weights. A query at position p sees keys max(0, p - window + 1) to p.
 #include "common.cuh"
 
 __device__ __forceinline__ int first_key(int position, int window) {
     return window > 0 ? max(0, position - window + 1) : 0;
 }
 
-template <int COUNT> __device__ __forceinline__ void load_halves(float (&out)[COUNT], const u16* from) {
-    struct alignas(COUNT * 2) Vector {
-        u16 values[COUNT];
+__device__ __forceinline__ float as_float(u16 element) { return half_to_float(element); }
+__device__ __forceinline__ float as_float(i8 element) { return float(element); }
+
+template <int COUNT, class Element> __device__ __forceinline__ void load(float (&out)[COUNT], const Element* from) {
+    struct alignas(COUNT * sizeof(Element)) Vector {
+        Element values[COUNT];
     } vector = *reinterpret_cast<const Vector*>(from);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) out[i] = half_to_float(vector.values[i]);
+    for (int i = 0; i < COUNT; ++i) out[i] = as_float(vector.values[i]);
+}
+
+// Two neighbours as a pair of binary16, which holds every i8.
+__device__ __forceinline__ u32 load_pair(const u16* from) { return *reinterpret_cast<const u32*>(from); }
+__device__ __forceinline__ u32 load_pair(const i8* from) {
+    return float_to_half(float(from[0])) | u32(float_to_half(float(from[1]))) << 16;
 }
 
 // A softmax under way: the largest score, the sum of exponentials relative to it, the weighted sum of values.
@@ -36,11 +46,13 @@ template <int COUNT> struct Running {
 // Few queries: the context is split over blocks (blockIdx.x) and warps; a lane holds COUNT elements of a head, a warp
 // QUERIES query heads of one group, which share each key. blockIdx.y: group of QUERIES heads, blockIdx.z: token.
 // partial [tokens, heads, splits, padded + 2]: mixed values, largest, total; `combine` makes them one.
-template <int COUNT, int QUERIES>
+template <int COUNT, int QUERIES, class Element>
 __global__ void __launch_bounds__(128) attend_few(
-    const float* query, const u16* keys, const u16* values, const int* past, float* partial, int heads, int kv_heads,
-    int width, int padded, int capacity, int query_stride, int window
+    const float* query, const Element* keys, const Element* values, const float* key_scale, const float* value_scale,
+    const int* past, float* partial, int heads, int kv_heads, int width, int padded, int capacity, int query_stride,
+    int window
 ) {
+    constexpr bool SCALED = sizeof(Element) == 1;
     constexpr int KEYS = 4; // at a time, so that their sums across lanes overlap
     DYNAMIC_SHARED(memory);
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP, at = lane * COUNT;
@@ -49,8 +61,8 @@ __global__ void __launch_bounds__(128) attend_few(
     int position = *past + token, begin = first_key(position, window), seen = position + 1 - begin;
     int each = (seen + gridDim.x - 1) / gridDim.x;
     int first = begin + blockIdx.x * each, last = min(first + each, position + 1);
-    const u16* our_keys = keys + size_t(kv_head) * capacity * padded;
-    const u16* our_values = values + size_t(kv_head) * capacity * padded;
+    const Element* our_keys = keys + size_t(kv_head) * capacity * padded;
+    const Element* our_values = values + size_t(kv_head) * capacity * padded;
     float q[QUERIES][COUNT];
     float root = rsqrtf(float(width));
     for (int i = 0; i < QUERIES; ++i) {
@@ -63,17 +75,24 @@ __global__ void __launch_bounds__(128) attend_few(
         float score[KEYS][QUERIES], value[KEYS][COUNT];
 #pragma unroll
         for (int k = 0; k < KEYS; ++k) {
-            size_t row = size_t(min(key + k, last - 1)) * padded;
+            int at_key = min(key + k, last - 1);
+            size_t row = size_t(at_key) * padded;
             float element[COUNT] = {};
             for (int j = 0; j < COUNT; ++j) value[k][j] = 0;
             if (at < padded) {
-                load_halves(element, our_keys + row + at);
-                load_halves(value[k], our_values + row + at);
+                load(element, our_keys + row + at);
+                load(value[k], our_values + row + at);
+            }
+            float scale = 1;
+            if constexpr (SCALED) {
+                size_t of_key = size_t(kv_head) * capacity + at_key;
+                scale = key_scale[of_key];
+                for (int j = 0; j < COUNT; ++j) value[k][j] *= value_scale[of_key];
             }
             for (int i = 0; i < QUERIES; ++i) {
                 float sum = 0;
                 for (int j = 0; j < COUNT; ++j) sum += q[i][j] * element[j];
-                sum = warp_sum(sum);
+                sum = warp_sum(sum) * scale;
                 score[k][i] = key + k < last ? sum : -infinity();
             }
         }
@@ -128,11 +147,13 @@ __global__ void combine(const float* partial, float* out, int heads, int width, 
 
 // Many queries: a block takes 4 warps * 4 consecutive tokens of one head (blockIdx.y) through tiles of 32 keys in shared
 // memory. For scores a lane is a key, for the values it holds COUNT pairs of elements.
-template <int COUNT>
+template <int COUNT, class Element>
 __global__ void __launch_bounds__(128) attend_many(
-    const float* query, const u16* keys, const u16* values, const int* past, float* out, int tokens, int heads,
-    int kv_heads, int width, int padded, int capacity, int query_stride, int window
+    const float* query, const Element* keys, const Element* values, const float* key_scale, const float* value_scale,
+    const int* past, float* out, int tokens, int heads, int kv_heads, int width, int padded, int capacity,
+    int query_stride, int window
 ) {
+    constexpr bool SCALED = sizeof(Element) == 1;
     constexpr int QUERIES = 4, TILE = WARP;
     DYNAMIC_SHARED(memory);
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP, pairs = padded / 2;
@@ -148,11 +169,11 @@ __global__ void __launch_bounds__(128) attend_many(
         const float* from = query + size_t(token) * query_stride + size_t(head) * width;
         q[i] = element < width ? from[element] * root : 0.0f;
     }
-    auto load_tile = [&](const u16* cache, int key, int end) {
+    auto load_tile = [&](const Element* cache, int key, int end) {
         __syncthreads(); // what was there has been read
         for (int i = threadIdx.x; i < TILE * pairs; i += blockDim.x) {
             size_t row = size_t(kv_head) * capacity + min(key + i / pairs, end - 1);
-            tile[i / pairs * stride + i % pairs] = reinterpret_cast<const u32*>(cache + row * padded)[i % pairs];
+            tile[i / pairs * stride + i % pairs] = load_pair(cache + row * padded + 2 * (i % pairs));
         }
         __syncthreads();
     };
@@ -170,7 +191,12 @@ __global__ void __launch_bounds__(128) attend_many(
                 score[i] += x.x * low + x.y * high;
             }
         }
-        float factor[QUERIES];
+        float factor[QUERIES], of_value = 1;
+        if constexpr (SCALED) {
+            size_t of_key = size_t(kv_head) * capacity + min(key + lane, end - 1);
+            of_value = value_scale[of_key];
+            for (int i = 0; i < QUERIES; ++i) score[i] *= key_scale[of_key];
+        }
 #pragma unroll
         for (int i = 0; i < QUERIES; ++i) {
             int position = *past + mine + i, at = key + lane;
@@ -179,7 +205,7 @@ __global__ void __launch_bounds__(128) attend_many(
             factor[i] = running[i].rescale(highest);
             float weight = seen ? expf(score[i] - running[i].largest) : 0.0f;
             running[i].total = running[i].total * factor[i] + warp_sum(weight);
-            weights[(warp * TILE + lane) * QUERIES + i] = weight;
+            weights[(warp * TILE + lane) * QUERIES + i] = weight * of_value;
         }
         load_tile(values, key, end); // its barriers show the weights to the warp as well
 #pragma unroll

@@ -32,10 +32,13 @@ __device__ __forceinline__ u16 clamped_half(float value) {
 
 // qkv [tokens, (heads + 2 kv_heads) * width]: query heads are normed (q_norm may be null) and turned where they are (cos
 // and sin [positions, width / 2], may be null), keys likewise on their way into the cache, values as they are. The cache
-// is binary16 [kv_heads, capacity, padded]; *past tokens are in it. A warp a head; blockIdx.y is the token.
+// is [kv_heads, capacity, padded]: binary16 (u16), or whole numbers up to 127 (i8) with a scale each [kv_heads, capacity];
+// *past tokens are in it. A warp a head; blockIdx.y is the token.
+template <class Element>
 __global__ void rotate_and_store(
-    float* qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, u16* keys, u16* values,
-    const int* past, int heads, int kv_heads, int width, int padded, int capacity, float eps
+    float* qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, Element* keys,
+    Element* values, float* key_scale, float* value_scale, const int* past, int heads, int kv_heads, int width,
+    int padded, int capacity, float eps
 ) {
     int lane = threadIdx.x % WARP, head = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, token = blockIdx.y;
     int all = heads + 2 * kv_heads;
@@ -43,11 +46,6 @@ __global__ void rotate_and_store(
     float* from = qkv + (size_t(token) * all + head) * width;
     bool is_query = head < heads, is_value = head >= heads + kv_heads;
     int position = *past + token, half = width / 2;
-    u16* cached = nullptr;
-    if (!is_query) {
-        int of = is_value ? head - heads - kv_heads : head - heads;
-        cached = (is_value ? values : keys) + (size_t(of) * capacity + position) * padded;
-    }
     const float* weight = is_query ? q_norm : is_value ? nullptr : k_norm;
     float factor = 1;
     if (weight) {
@@ -56,19 +54,34 @@ __global__ void rotate_and_store(
         factor = rsqrtf(warp_sum(squares) / width + eps);
     }
     auto value = [&](int i) { return weight ? from[i] * factor * weight[i] : from[i]; };
-    auto store = [&](int i, float number) {
-        if (is_query) from[i] = number;
-        else cached[i] = clamped_half(number);
-    };
-    if (cos && !is_value) {
-        for (int i = lane; i < half; i += WARP) {
-            float c = cos[size_t(position) * half + i], s = sin[size_t(position) * half + i];
-            float first = value(i), second = value(i + half);
-            store(i, first * c - second * s);
-            store(i + half, second * c + first * s);
+    auto turn = [&](auto use) { // use(i, element i) of those that the lane takes care of
+        if (cos && !is_value) {
+            for (int i = lane; i < half; i += WARP) {
+                float c = cos[size_t(position) * half + i], s = sin[size_t(position) * half + i];
+                float first = value(i), second = value(i + half);
+                use(i, first * c - second * s);
+                use(i + half, second * c + first * s);
+            }
+        } else {
+            for (int i = lane; i < width; i += WARP) use(i, value(i));
         }
+    };
+    if (is_query) {
+        turn([&](int i, float number) { from[i] = number; });
+        return;
+    }
+    size_t row = size_t(is_value ? head - heads - kv_heads : head - heads) * capacity + position;
+    Element* cached = (is_value ? values : keys) + row * padded;
+    if constexpr (sizeof(Element) == 2) {
+        turn([&](int i, float number) { cached[i] = clamped_half(number); });
     } else {
-        for (int i = lane; i < width; i += WARP) store(i, value(i));
+        float largest = 0;
+        turn([&](int, float number) { largest = fmaxf(largest, fabsf(number)); });
+        float scale = warp_max(largest) * (1.0f / 127);
+        // A head of zeros keeps scale 0 and codes 0: dividing by the smallest float instead of 0 sees to that.
+        float by = fmaxf(scale, 1.17549435e-38f);
+        turn([&](int i, float number) { cached[i] = Element(fminf(fmaxf(rintf(number / by), -127.0f), 127.0f)); });
+        if (lane == 0) (is_value ? value_scale : key_scale)[row] = scale;
     }
 }
 

@@ -253,9 +253,8 @@ def choose_size(groups: int) -> Size:
 
 # ---- between the Linears
 
-NORMALIZE, ROTATE_AND_STORE, ACTIVATE, ADD = (
-    Kernel("decoder.cu", name) for name in ("normalize", "rotate_and_store", "activate", "add")
-)
+NORMALIZE, ACTIVATE, ADD = (Kernel("decoder.cu", name) for name in ("normalize", "activate", "add"))
+_ELEMENTS: dict[np.dtype[Any], str] = {np.dtype(np.float16): "u16", np.dtype(np.int8): "i8"}  # of the cache
 _ATTENTION_THREADS = 128
 _ATTENTION_WARPS = _ATTENTION_THREADS // WARP
 MAX_HEAD_DIM = 256
@@ -269,6 +268,11 @@ COMBINE = Kernel("attention.cu", "combine")
 def padded_width(width: int) -> int:
     """Return the elements of a head in the cache: a multiple of 8."""
     return ceil_div(width, 8) * 8
+
+
+def rotate_and_store(dtype: np.dtype[Any]) -> Kernel:
+    """Return the kernel for a cache of this type."""
+    return Kernel("decoder.cu", f"rotate_and_store<{_ELEMENTS[dtype]}>")
 
 
 def per_head(heads: int, tokens: int) -> Size:
@@ -293,36 +297,42 @@ class AttendFew(NamedTuple):
     splits: int
 
 
-def attend_few(tokens: int, seen: int, heads: int, kv_heads: int, width: int, multiprocessors: int) -> AttendFew:
-    """Return the launch for `tokens` queries, the last of which sees `seen` keys."""
+def attend_few(
+    tokens: int, seen: int, heads: int, kv_heads: int, width: int, dtype: np.dtype[Any], multiprocessors: int
+) -> AttendFew:
+    """Return the launch for `tokens` queries, the last of which sees `seen` keys of this type."""
     count = _power_of_two(ceil_div(padded_width(width), WARP))
     queries = 1 if heads == kv_heads else 4
     sets = kv_heads * ceil_div(heads // kv_heads, queries)
     splits = min(MOST_SPLITS, ceil_div(seen, _KEYS_PER_SPLIT), ceil_div(4 * multiprocessors, sets * tokens))
     shared = _ATTENTION_WARPS * queries * WARP * (2 + count) * 4
-    kernel = Kernel("attention.cu", f"attend_few<{count}, {queries}>")
+    kernel = Kernel("attention.cu", f"attend_few<{count}, {queries}, {_ELEMENTS[dtype]}>")
     return AttendFew(kernel, Size((splits, sets, tokens), _ATTENTION_THREADS, shared), splits)
 
 
-def attend_many(tokens: int, heads: int, width: int) -> tuple[Kernel, Size]:
+def attend_many(tokens: int, heads: int, width: int, dtype: np.dtype[Any]) -> tuple[Kernel, Size]:
     """Return the launch for many queries."""
     padded, queries = padded_width(width), 4 * _ATTENTION_WARPS
     count = _power_of_two(ceil_div(padded, 2 * WARP))
     shared = 4 * (queries * padded + queries * WARP + WARP * (padded // 2 | 1))
     size = Size((ceil_div(tokens, queries), heads, 1), _ATTENTION_THREADS, shared)
-    return Kernel("attention.cu", f"attend_many<{count}>"), size
+    return Kernel("attention.cu", f"attend_many<{count}, {_ELEMENTS[dtype]}>"), size
 
 
 def all_kernels() -> list[Kernel]:
     """Return every variant that can be launched."""
     kernels = [shape.kernel for shape in gemv_shapes()]
-    kernels += [UNPACK, ROUND_ROWS, SCALE_PRODUCTS, NORMALIZE, ROTATE_AND_STORE, ACTIVATE, ADD, COMBINE]
+    kernels += [UNPACK, ROUND_ROWS, SCALE_PRODUCTS, NORMALIZE, ACTIVATE, ADD, COMBINE]
     kernels += [SURVEY, WEIGH, CHOOSE, COLLECT]
     for dtype, (_, counts) in _TABLE_TYPES.items():
         kernels += [gather_kernel(dtype)]
         kernels += [multiply_kernel(dtype, count, tokens) for count in counts for tokens in (1, MAX_TABLE_TOKENS)]
-    kernels += [
-        Kernel("attention.cu", f"attend_few<{count}, {queries}>") for count in (1, 2, 4, 8) for queries in (1, 4)
-    ]
-    kernels += [Kernel("attention.cu", f"attend_many<{count}>") for count in (1, 2, 4)]
+    for dtype, name in _ELEMENTS.items():
+        kernels += [rotate_and_store(dtype)]
+        kernels += [
+            Kernel("attention.cu", f"attend_few<{count}, {queries}, {name}>")
+            for count in (1, 2, 4, 8)
+            for queries in (1, 4)
+        ]
+        kernels += [Kernel("attention.cu", f"attend_many<{count}, {name}>") for count in (1, 2, 4)]
     return kernels

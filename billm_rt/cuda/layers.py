@@ -9,7 +9,7 @@ from billm_format.config import ModelConfig
 from billm_rt.backend import Activation, Layer, Norm
 from billm_rt.cache import KVCache
 from billm_rt.cuda import launch
-from billm_rt.cuda.cache import DeviceCache
+from billm_rt.cuda.cache import DeviceCache, KeysValues
 from billm_rt.cuda.device import Device
 
 _ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of decoder.cu
@@ -42,35 +42,33 @@ class DeviceLayers:
         """
         if not isinstance(cache, DeviceCache):
             raise TypeError("cache: wanted one of this device")
-        arrays = cache.reserve(x.shape[0])
         delta = None  # what is still to be added to x
-        for layer, array in zip(self._layers, arrays, strict=True):
-            delta = self._layer(x, delta, layer, array, cache, rotary)
+        for layer, held in zip(self._layers, cache.reserve(x.shape[0]), strict=True):
+            delta = self._layer(x, delta, layer, held, cache.past, rotary)
         if delta is not None:
             add(self._device, x, delta)
 
-    def _layer(self, x: Any, delta: Any, layer: Layer, array: Any, cache: DeviceCache, rotary: Any) -> Any:
+    def _layer(self, x: Any, delta: Any, layer: Layer, held: KeysValues, past: Any, rotary: Any) -> Any:
         device, eps = self._device, self._config.norm_eps
         if self._config.norm_position == "pre":
             normed = normalize(device, x, layer.attn_norm, eps, delta, keep=True)
-            attended = self._attention(normed, layer, array, cache, rotary)
+            attended = self._attention(normed, layer, held, past, rotary)
             return self._mlp(normalize(device, x, layer.mlp_norm, eps, attended, keep=True), layer)
-        normalize(device, x, layer.attn_norm, eps, self._attention(x, layer, array, cache, rotary), keep=False)
+        normalize(device, x, layer.attn_norm, eps, self._attention(x, layer, held, past, rotary), keep=False)
         normalize(device, x, layer.mlp_norm, eps, self._mlp(x, layer), keep=False)
         return None
 
-    def _attention(self, x: Any, layer: Layer, array: Any, cache: DeviceCache, rotary: Any) -> Any:
+    def _attention(self, x: Any, layer: Layer, held: KeysValues, past: Any, rotary: Any) -> Any:
         device, config, tokens = self._device, self._config, x.shape[0]
         heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = layer.qkv.multiply(x)
         cos, sin = (None, None) if rotary is None else rotary
-        capacity, padded = array.shape[2:]
-        size = launch.per_head(heads + 2 * kv_heads, tokens)
-        pointers = (qkv, layer.q_norm, layer.k_norm, cos, sin, array[0], array[1], cache.past)
+        capacity, padded = held.data.shape[2:]
+        kernel, size = launch.rotate_and_store(held.data.dtype), launch.per_head(heads + 2 * kv_heads, tokens)
+        pointers = (qkv, layer.q_norm, layer.k_norm, cos, sin, *held.arguments, past)
         numbers = map(np.int32, (heads, kv_heads, width, padded, capacity))
-        device.launch(launch.ROTATE_AND_STORE, size, *pointers, *numbers, np.float32(config.norm_eps))
-        mixed = attend(device, qkv, array, cache.past, config)
-        return layer.o.multiply(mixed)
+        device.launch(kernel, size, *pointers, *numbers, np.float32(config.norm_eps))
+        return layer.o.multiply(attend(device, qkv, held, past, config))
 
     def _mlp(self, x: Any, layer: Layer) -> Any:
         device, config, tokens = self._device, self._config, x.shape[0]
@@ -82,26 +80,26 @@ class DeviceLayers:
         return layer.down.multiply(out)
 
 
-def attend(device: Device, qkv: Any, array: Any, past: Any, config: ModelConfig) -> Any:
+def attend(device: Device, qkv: Any, held: KeysValues, past: Any, config: ModelConfig) -> Any:
     """Return the mixed values [tokens, heads * head_dim] for queries at the start of each row of qkv.
 
-    `array` is one layer's cache, which already holds these tokens' keys behind the first *past.
+    `held` is one layer's cache, which already has these tokens' keys behind the first *past.
     """
     tokens, stride = qkv.shape
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    capacity, padded = array.shape[2:]
+    capacity, padded = held.data.shape[2:]
     window = config.sliding_window or 0
     out = device.empty((tokens, heads * width), np.float32)
     shape = (heads, kv_heads, width, padded, capacity, stride, window)
     if tokens > launch.FEW_TOKENS:
-        kernel, size = launch.attend_many(tokens, heads, width)
-        device.launch(kernel, size, qkv, array[0], array[1], past, out, *map(np.int32, (tokens, *shape)))
+        kernel, size = launch.attend_many(tokens, heads, width, held.data.dtype)
+        device.launch(kernel, size, qkv, *held.arguments, past, out, *map(np.int32, (tokens, *shape)))
         return out
     # Split for a full cache: a step that is replayed sees more keys each time.
     seen = min(capacity, window or capacity)
-    few = launch.attend_few(tokens, seen, heads, kv_heads, width, device.multiprocessors)
+    few = launch.attend_few(tokens, seen, heads, kv_heads, width, held.data.dtype, device.multiprocessors)
     partial = device.empty((tokens, heads, few.splits, padded + 2), np.float32)
-    device.launch(few.kernel, few.size, qkv, array[0], array[1], past, partial, *map(np.int32, shape))
+    device.launch(few.kernel, few.size, qkv, *held.arguments, past, partial, *map(np.int32, shape))
     size = launch.per_row_of_heads(heads, tokens)
     device.launch(launch.COMBINE, size, partial, out, *map(np.int32, (heads, width, padded, few.splits)))
     return out

@@ -30,14 +30,15 @@ class Budget:
         return sum(self.weights.values()) + self.per_token * self.ctx + self.scratch
 
 
-def budget(file: BillmFile, ctx: int, chunk: int) -> Budget:
+def budget(file: BillmFile, ctx: int, kv_bits: int, chunk: int) -> Budget:
     """Return what the model takes with a context of `ctx` tokens, prompts read `chunk` tokens at a time."""
-    return Budget(weight_bytes(file), cache_bytes(file.config), ctx, scratch_bytes(file.config, ctx, min(chunk, ctx)))
+    scratch = scratch_bytes(file.config, ctx, min(chunk, ctx))
+    return Budget(weight_bytes(file), cache_bytes(file.config, kv_bits), ctx, scratch)
 
 
-def require(file: BillmFile, ctx: int, chunk: int, free: int, name: str) -> None:
+def require(file: BillmFile, ctx: int, kv_bits: int, chunk: int, free: int, name: str) -> None:
     """Raise DoesNotFitError, with the arithmetic, unless the model fits into `free` bytes of the device `name`."""
-    wanted = budget(file, ctx, chunk)
+    wanted = budget(file, ctx, kv_bits, chunk)
     if wanted.total <= free:
         return
     linears = sum(size for kind, size in wanted.weights.items() if kind in LINEAR_KINDS)
@@ -47,19 +48,19 @@ def require(file: BillmFile, ctx: int, chunk: int, free: int, name: str) -> None
         f"{_mb(sum(wanted.weights.values()) - linears - tables)} of other weights, "
         f"{_mb(wanted.per_token * ctx)} of KV cache for {ctx:,} tokens and {_mb(wanted.scratch)} of scratch"
     )
-    fitting = _longest_context(file, ctx, chunk, free)
+    fitting = _longest_context(file, ctx, kv_bits, chunk, free)
     remedy = f"take a context (--ctx) of {fitting:,} tokens or less" if fitting else "use --device cpu"
     raise DoesNotFitError(
         f"{file.path.name} does not fit on {name}: {parts} make {_mb(wanted.total)}, {_mb(free)} are free: {remedy}"
     )
 
 
-def _longest_context(file: BillmFile, ctx: int, chunk: int, free: int) -> int:
+def _longest_context(file: BillmFile, ctx: int, kv_bits: int, chunk: int, free: int) -> int:
     """Return the longest context below `ctx` that fits, 0 if none does."""
     low, high = 0, ctx
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if budget(file, middle, chunk).total <= free else (low, middle)
+        low, high = (middle, high) if budget(file, middle, kv_bits, chunk).total <= free else (low, middle)
     return low
 
 
@@ -80,10 +81,11 @@ def weight_bytes(file: BillmFile) -> dict[str, int]:
     return sizes
 
 
-def cache_bytes(config: ModelConfig) -> int:
+def cache_bytes(config: ModelConfig, kv_bits: int) -> int:
     """Return the bytes of keys and values of one token in all layers."""
     width = launch.padded_width(config.head_dim)
-    return config.num_hidden_layers * 2 * config.num_key_value_heads * width * 2
+    of_head = 2 * width if kv_bits == 16 else width + 4  # a float32 scale
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * of_head
 
 
 def scratch_bytes(config: ModelConfig, ctx: int, tokens: int) -> int:

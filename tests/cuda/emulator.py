@@ -58,7 +58,6 @@ class EmulatedDevice:
 
     def __init__(self, folder: Path, kernels: Sequence[Kernel], edits: Sequence[tuple[str, str]] = ()) -> None:
         """Compile `kernels` into `folder`; `edits` are replacements (each must hit once) in their text, for a test."""
-        self._edits = edits
         self._memory: list[tuple[weakref.ref[NDArray[np.uint8]], int]] = []
         self._recorded: list[Callable[[], None]] | None = None  # while a recording is made
         self.replays = 0
@@ -66,14 +65,16 @@ class EmulatedDevice:
         files: dict[str, list[str]] = {}
         for kernel in kernels:
             files.setdefault(kernel.file, []).append(kernel.expression)
-        self._libraries = {file: self._build(folder, file, names) for file, names in files.items()}
+        emulation = {"intrinsics.cuh": _EMULATION.read_text().replace("#pragma once\n", "")}
+        texts = {file: source(file, emulation) for file in files}
+        for old, new in edits:
+            hits = sum(text.count(old) for text in texts.values())
+            if hits != 1:
+                raise ValueError(f"{old!r} is {hits} times in {', '.join(files)}")
+            texts = {file: text.replace(old, new) for file, text in texts.items()}
+        self._libraries = {file: self._build(folder, file, texts[file], names) for file, names in files.items()}
 
-    def _build(self, folder: Path, file: str, expressions: list[str]) -> ctypes.CDLL:
-        text = source(file, {"intrinsics.cuh": _EMULATION.read_text().replace("#pragma once\n", "")})
-        for old, new in self._edits:
-            if text.count(old) != 1:
-                raise ValueError(f"{old!r} is {text.count(old)} times in {file}")
-            text = text.replace(old, new)
+    def _build(self, folder: Path, file: str, text: str, expressions: list[str]) -> ctypes.CDLL:
         entries = [f'{{"{name}", [](void** v) {{ emulated::unpack({name}, v); }}}}' for name in expressions]
         text += _ENTRY % ",\n        ".join(entries)
         stem = folder / f"{file}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

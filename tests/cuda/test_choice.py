@@ -78,8 +78,7 @@ def test_a_gpu_is_taken_where_it_is_asked_for(emulated: EmulatedDevice, monkeypa
         assert (found.device, found.isa, found.reason) == ("cuda:0", "cuda", "emulated")
     with pytest.raises(UsageError, match="--device cuda:1: none such; use --device cpu"):
         choose("cuda:1")
-    with pytest.raises(UsageError, match="--kv-bits 8: on a GPU the KV cache has 16 bits"):
-        choose("cuda", kv_bits=8)
+    assert [choose("cuda", kv_bits=bits).kv_type for bits in (16, 8)] == ["float16", "int8"]
     assert choose("auto").device == choose("cpu").device == "cpu"
 
 

@@ -12,7 +12,7 @@ from random_model import tiny_config
 from billm_format.packing import Table
 from billm_rt.backend import Norm
 from billm_rt.cuda import launch
-from billm_rt.cuda.cache import DeviceCache
+from billm_rt.cuda.cache import DeviceCache, KeysValues
 from billm_rt.cuda.device import Device
 from billm_rt.cuda.layers import attend, normalize
 from billm_rt.cuda.linear import LinearGroup
@@ -166,9 +166,34 @@ def test_activations(function: Any, gated: int, device: Device, rng: np.random.G
     assert references.error(device.download(out), wanted.astype(np.float64)) < 1e-5
 
 
+def fill(
+    cache: DeviceCache, width: int, past: int, tokens: int, device: Device, rng: np.random.Generator
+) -> KeysValues:
+    """Put `past` random tokens into the only layer and return it, with room for `tokens` more."""
+    held = cache.reserve(past + tokens)[0]
+    cache.past[...] = past
+    cache.commit([0] * past)
+    shape = (*held.data.shape[:2], past, width)
+    if held.scale is None:
+        held.data[..., :past, : width] = device.upload(rng.standard_normal(shape).astype(np.float16))
+    else:
+        held.data[..., :past, : width] = device.upload(rng.integers(-127, 128, shape, np.int8))
+        held.scale[..., :past] = device.upload(rng.uniform(0.001, 0.02, shape[:3]).astype(np.float32))
+    return held
+
+
+def values_of(held: KeysValues, device: Device) -> np.ndarray:
+    """Return the keys and values that a layer stands for, float64 [2, kv_heads, capacity, padded]."""
+    data = device.download(held.data).astype(np.float64)
+    return data if held.scale is None else data * device.download(held.scale)[..., None]
+
+
 @pytest.mark.parametrize("width", [16, 24, 64, 80, 128, 200, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (7, 1)])
-def test_cache_and_attention(width: int, heads: int, kv_heads: int, device: Device, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("bits", [16, 8])
+def test_cache_and_attention(
+    bits: int, width: int, heads: int, kv_heads: int, device: Device, rng: np.random.Generator
+) -> None:
     """Keys turned and written behind those held, then read by few queries and by many, with and without window."""
     past = int(rng.integers(0, 150))
     normed = bool(rng.integers(2))
@@ -177,12 +202,8 @@ def test_cache_and_attention(width: int, heads: int, kv_heads: int, device: Devi
             num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width, sliding_window=window or None,
             num_hidden_layers=1, qk_norm=normed,
         )  # fmt: skip
-        cache = DeviceCache(config, 300, device)
-        cache.reserve(past)
-        cache.past[...] = past
-        cache.commit([0] * past)
-        array = cache.reserve(tokens)[0]
-        array[..., :past, :width] = device.upload(rng.standard_normal((2, kv_heads, past, width)).astype(np.float16))
+        cache = DeviceCache(config, 300, device, bits)
+        held = fill(cache, width, past, tokens, device, rng)
         qkv = rng.standard_normal((tokens, (heads + 2 * kv_heads) * width)).astype(np.float32)
         q_norm, k_norm = rng.uniform(0.5, 2, (2, width)).astype(np.float32) if normed else (None, None)
         angle = rng.uniform(-3, 3, (past + tokens, width // 2))
@@ -196,33 +217,39 @@ def test_cache_and_attention(width: int, heads: int, kv_heads: int, device: Devi
         size = launch.per_head(heads + 2 * kv_heads, tokens)
         there = device.upload(qkv)
         norms = (device.upload(norm) if normed else None for norm in (q_norm, k_norm))
-        pointers = (there, *norms, device.upload(cos), device.upload(sin), array[0], array[1], cache.past)
-        numbers = map(np.int32, (heads, kv_heads, width, array.shape[3], array.shape[2]))
-        device.launch(launch.ROTATE_AND_STORE, size, *pointers, *numbers, np.float32(1e-5))
+        pointers = (there, *norms, device.upload(cos), device.upload(sin), *held.arguments, cache.past)
+        numbers = map(np.int32, (heads, kv_heads, width, held.data.shape[3], held.capacity))
+        device.launch(launch.rotate_and_store(held.data.dtype), size, *pointers, *numbers, np.float32(1e-5))
         assert references.error(device.download(there)[:, : heads * width], query.reshape(tokens, -1)) < 1e-5
-        held = device.download(array)
-        new = held[:, :, past : past + tokens, :width].transpose(0, 2, 1, 3)
-        assert references.error(new[0], key) < 1e-3
-        assert references.error(new[1], value) < 1e-3
-        assert not held[:, :, past + tokens :].any() and not held[..., width:].any()
+        numbers_held = values_of(held, device)
+        for new, wanted in zip(numbers_held[:, :, past : past + tokens, :width], (key, value), strict=True):
+            largest = np.abs(wanted).max(axis=-1) if bits == 8 else np.abs(wanted).max()
+            # Half a step of a head's own scale; of a binary16 half its last digit.
+            assert (np.abs(new.transpose(1, 0, 2) - wanted).max(axis=-1) <= largest / (253 if bits == 8 else 1000)).all()
+        assert not numbers_held[:, :, past + tokens :].any() and not numbers_held[..., width:].any()
 
-        mixed = device.download(attend(device, there, array, cache.past, config))
-        seen = held[:, :, : past + tokens, :width].astype(np.float64)
+        mixed = device.download(attend(device, there, held, cache.past, config))
+        seen = numbers_held[:, :, : past + tokens, :width]
         wanted = references.attention(query, seen[0], seen[1], past, window)
         assert references.error(mixed, wanted.reshape(tokens, -1)) < 1e-4
 
 
-def test_the_cache_grows_and_an_interrupt_leaves_it_whole(emulated: EmulatedDevice, monkeypatch: Any) -> None:
-    cache = DeviceCache(tiny_config(num_hidden_layers=3, head_dim=20), 1000, emulated)
-    for layer, array in enumerate(cache.reserve(200)):
-        assert array.shape == (2, 2, 256, 24)
-        array[:, :, :200] = layer + 1
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_cache_grows_and_an_interrupt_leaves_it_whole(
+    bits: int, emulated: EmulatedDevice, monkeypatch: Any
+) -> None:
+    cache = DeviceCache(tiny_config(num_hidden_layers=3, head_dim=20), 1000, emulated, bits)
+    for layer, held in enumerate(cache.reserve(200)):
+        assert held.data.shape == (2, 2, 256, 24) and held.data.dtype == cache.dtype
+        held.data[:, :, :200] = layer + 1
+        if held.scale is not None:
+            held.scale[:, :, :200] = layer + 2
     cache.commit([0] * 200)
     zeros, asked = emulated.zeros, []
 
     def interrupted(shape: Any, dtype: Any) -> Any:
         asked.append(shape)
-        if len(asked) == 2:
+        if len(asked) == (2 if bits == 16 else 4):
             raise KeyboardInterrupt
         return zeros(shape, dtype)
 
@@ -230,12 +257,13 @@ def test_the_cache_grows_and_an_interrupt_leaves_it_whole(emulated: EmulatedDevi
         patch.setattr(emulated, "zeros", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.reserve(100)
-    for layer, array in enumerate(cache.reserve(100)):
-        assert array.shape[2] == 512
-        assert (array[:, :, :200] == layer + 1).all() and not array[:, :, 200:].any()
+    for layer, held in enumerate(cache.reserve(100)):
+        assert held.capacity == 512
+        assert (held.data[:, :, :200] == layer + 1).all() and not held.data[:, :, 200:].any()
+        assert held.scale is None or (held.scale[:, :, :200] == layer + 2).all()
     assert len(cache) == 200
-    assert cache.nbytes == 3 * 2 * 2 * 512 * 24 * 2
-    assert cache.reserve(700)[0].shape[2] == 1000
+    assert cache.nbytes == 3 * 2 * 2 * 512 * (24 * 2 if bits == 16 else 24 + 4)
+    assert cache.reserve(700)[0].capacity == 1000
 
 
 def test_what_the_device_would_not_forgive_is_an_error(emulated: EmulatedDevice, random_linear: RandomLinear) -> None:

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from billm_rt.cuda import launch
@@ -10,6 +11,7 @@ from billm_rt.cuda.source import source
 
 # Multiprocessors and their shared memory: H100, A100, RTX 5090, RTX 4090, RTX 3050, and one that no Ampere is below.
 GPUS = [(132, 228), (108, 164), (170, 100), (128, 100), (20, 100), (1, 100)]
+HALF, BYTE = np.dtype(np.float16), np.dtype(np.int8)  # elements of a cache
 # Rows of the Linears of a group, columns: LLaMA-2-70B, LLaMA-2-7B, Qwen2.5-0.5B, SmolLM2-135M, one row.
 GROUPS = [
     ([8192, 1024, 1024], 8192), ([28672, 28672], 8192), ([8192], 28672), ([11008, 11008], 4096), ([4096], 11008),
@@ -62,16 +64,17 @@ def test_tokens_find_a_shape(block: int, split: int) -> None:
 
 
 def test_attention_splits_what_is_worth_it() -> None:
-    assert launch.attend_few(1, 1, 32, 32, 128, 132).splits == 1
-    long = launch.attend_few(1, 4096, 32, 8, 128, 132)
+    assert launch.attend_few(1, 1, 32, 32, 128, HALF, 132).splits == 1
+    long = launch.attend_few(1, 4096, 32, 8, 128, HALF, 132)
     assert 1 < long.splits <= 32
     assert long.size.grid == (long.splits, 8, 1)
-    assert launch.attend_few(8, 4096, 64, 8, 128, 132).size.grid[1:] == (16, 8)
+    assert launch.attend_few(8, 4096, 64, 8, 128, HALF, 132).size.grid[1:] == (16, 8)
     for width in (8, 24, 64, 80, 128, 256):
         for heads, kv_heads in ((8, 8), (8, 2), (7, 1)):
-            few = launch.attend_few(3, 100, heads, kv_heads, width, 132)
-            many, size = launch.attend_many(100, heads, width)
-            assert {few.kernel, many} <= set(launch.all_kernels())
+            dtype = BYTE if width == 64 else HALF
+            few = launch.attend_few(3, 100, heads, kv_heads, width, dtype, 132)
+            many, size = launch.attend_many(100, heads, width, dtype)
+            assert {few.kernel, many, launch.rotate_and_store(dtype)} <= set(launch.all_kernels())
             assert max(few.size.shared, size.shared) <= 48 << 10
             assert size.grid == (7, heads, 1)
 

@@ -52,8 +52,9 @@ def test_what_is_reckoned_is_what_is_taken(
     )
     before = device.held
     with BillmFile.open(tmp_path / "m.billm") as file:
-        model = billm_rt.Model(file, CudaBackend(device), 48)
-        wanted = memory.budget(file, 48, model.backend.chunk)
+        kv_bits = int(rng.choice([8, 16]))
+        model = billm_rt.Model(file, CudaBackend(device, kv_bits=kv_bits), 48)
+        wanted = memory.budget(file, 48, kv_bits, model.backend.chunk)
         descriptors = len(file.config.linears()) * file.config.num_hidden_layers
         loaded = device.held - before - descriptors * launch.LINEAR.itemsize
         assert loaded == sum(wanted.weights.values()) - descriptors
@@ -74,7 +75,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(
     before, path = device.held, tmp_path / "m.billm"
     with BillmFile.open(path) as file:
         longest = ctx or file.config.max_position_embeddings
-        exactly = memory.budget(file, longest, CudaBackend.chunk).total
+        exactly = memory.budget(file, longest, 16, CudaBackend.chunk).total
 
     def load(ctx: int | None, missing: int) -> None:
         monkeypatch.setattr(device, "memory", before + exactly - missing)
@@ -120,4 +121,5 @@ def test_scratch_of_large_models_is_small() -> None:
     """Beside two gigabytes of weights (7B) and twenty (70B)."""
     assert memory.scratch_bytes(llama(4096, 11008, 32, 32, 32), 2048, 512) < 350e6
     assert memory.scratch_bytes(llama(8192, 28672, 80, 64, 8), 4096, 512) < 700e6
-    assert memory.cache_bytes(llama(4096, 11008, 32, 32, 32)) == 512 << 10
+    assert memory.cache_bytes(llama(4096, 11008, 32, 32, 32), 16) == 512 << 10
+    assert memory.cache_bytes(llama(4096, 11008, 32, 32, 32), 8) == (256 << 10) + 32 * 64 * 4

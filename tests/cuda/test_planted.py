@@ -8,6 +8,7 @@ import pytest
 from cuda import references
 from cuda.conftest import RandomLinear
 from cuda.emulator import EmulatedDevice
+from cuda.test_kernels import fill, values_of
 from random_model import tiny_config
 
 from billm_format.packing import Table
@@ -38,19 +39,26 @@ def head(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Gen
     return references.error(backend.logits(backend.head(x, table)), x.astype(np.float64) @ weight.astype(np.float64).T)
 
 
-def attention(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Generator) -> float:
-    """Return the error of one query over 70 keys."""
-    config = tiny_config(num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_hidden_layers=1)
-    cache = DeviceCache(config, 128, device)
-    cache.reserve(70)
-    cache.commit([0] * 69)
-    cache.past[...] = 69
-    array = cache.reserve(1)[0]
-    array[:, :, :70] = rng.standard_normal((2, 2, 70, 16))
-    query = rng.standard_normal((1, 96)).astype(np.float32)
-    held = array[:, :, :70].astype(np.float64)
-    wanted = references.attention(query[:, :32].reshape(1, 2, 16).astype(np.float64), held[0], held[1], 69, 0)
-    return references.error(attend(device, query, array, cache.past, config), wanted.reshape(1, 32))
+def attention(bits: int) -> Check:
+    """Return a check of one query over 70 keys, the last of which is written first."""
+
+    def check(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Generator) -> float:
+        config = tiny_config(num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_hidden_layers=1)
+        cache = DeviceCache(config, 128, device, bits)
+        held = fill(cache, 16, 69, 1, device, rng)
+        qkv = rng.standard_normal((1, 96)).astype(np.float32)
+        query, key, value = qkv.astype(np.float64).reshape(3, 2, 1, 16)
+        pointers = (qkv, None, None, None, None, *held.arguments, cache.past)
+        numbers = (*map(np.int32, (2, 2, 16, 16, 128)), np.float32(1))
+        device.launch(launch.rotate_and_store(held.data.dtype), launch.per_head(6, 1), *pointers, *numbers)
+        there = values_of(held, device)[:, :, :70]
+        step = np.abs([key, value]).max() / (2000 if bits == 16 else 250)
+        if np.abs(there[:, :, 69:] - np.stack([key, value])).max() > step:
+            return 1
+        wanted = references.attention(query.reshape(1, 2, 16), there[0], there[1], 69, 0)
+        return references.error(attend(device, qkv, held, cache.past, config), wanted.reshape(1, 32))
+
+    return check
 
 
 def sampling(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Generator) -> float:
@@ -70,7 +78,11 @@ def sampling(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random
 GEMV = launch.gemv_shape(2, 2, 128).kernel
 HEAD = launch.multiply_kernel(np.dtype(np.int8), 64, 1)
 SAMPLE = [launch.SURVEY, launch.WEIGH, launch.CHOOSE, launch.COLLECT]
-ATTEND = Kernel("attention.cu", "attend_few<1, 1>")
+ATTEND = [
+    *(Kernel("attention.cu", f"attend_few<1, 1, {name}>") for name in ("u16", "i8")),
+    launch.COMBINE,
+    *(launch.rotate_and_store(np.dtype(dtype)) for dtype in (np.float16, np.int8)),
+]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +93,10 @@ ATTEND = Kernel("attention.cu", "attend_few<1, 1>")
         pytest.param(gemv, [GEMV], "linear.scales + row[half] * num", "linear.scales + row[0] * num", id="scales"),
         pytest.param(gemv, [GEMV], "~(s0 | salient[i])", "~(s0 & salient[i])", id="class"),
         pytest.param(head, [HEAD], "values[start + i]) * few", "values[start]) * few", id="head"),
-        pytest.param(attention, [ATTEND, launch.COMBINE], "min(first + each, position + 1)", "position", id="key"),
+        pytest.param(attention(16), ATTEND, "min(first + each, position + 1)", "position", id="key"),
+        pytest.param(attention(8), ATTEND, "warp_sum(sum) * scale", "warp_sum(sum)", id="key scale"),
+        pytest.param(attention(8), ATTEND, "*= value_scale[of_key]", "*= key_scale[of_key]", id="value scale"),
+        pytest.param(attention(8), ATTEND, "number / by", "number * by", id="code"),
         pytest.param(sampling, SAMPLE, "logit / ask->penalty", "logit * ask->penalty", id="penalty"),
         pytest.param(sampling, SAMPLE, "min((group + 1) * size, vocab)", "(group + 1) * size", id="sum"),
         pytest.param(sampling, SAMPLE, "all[i] > mine ||", "all[i] < mine ||", id="rank"),
