@@ -107,6 +107,14 @@ class Backend(Protocol):
         """Raise DoesNotFitError, before anything is loaded, if a model with `ctx` tokens of context cannot fit."""
         ...
 
+    def device_memory(self, file: BillmFile, kv_cache: int) -> dict[str, int]:
+        """Return the bytes that the model takes on a device of its own, by kind; `kv_cache` of them are caches.
+
+        `weights.<kind>`, `kv_cache`, `scratch` (what else is in use), `pool` (all that this process holds, used or not)
+        and `card` (all that is in use there, other programs included). Empty where the device is the process.
+        """
+        ...
+
     def new_cache(self, config: ModelConfig, ctx: int) -> KVCache:
         """Return an empty cache for up to `ctx` tokens, kept as this back end likes it."""
         ...

@@ -122,6 +122,7 @@ def _report(model: "Model", prompt: "Speed", decode: "Speed", args: argparse.Nam
             "kv_cache": memory["kv_cache"],
             "rest": memory["rss"] - in_file - (memory["kv_cache"] if on_cpu else 0),
         },
+        "device_memory": model.device_memory() or None,
         "weight_bytes_per_token": per_token,
         "read_bytes_per_s": bandwidth,
         "bandwidth_share": per_token * decode.median / bandwidth if bandwidth else None,
@@ -154,8 +155,11 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{_bytes(memory['kv_cache'])} KV cache",
         f"{_bytes(memory['rest'])} rest",
     ]
-    if report["device"] != "cpu":
-        yield "on the device", f"the weights again, {parts.pop(1)}"
+    held = report["device_memory"]
+    if held:
+        weights = sum(size for kind, size in held.items() if kind.startswith("weights."))
+        both = f"{_bytes(weights)} weights, {parts.pop(1)}, {_bytes(held['scratch'])} scratch"
+        yield "on the device", f"{_bytes(held['pool'])} held: {both}; {_bytes(held['card'])} in use with other programs"
     yield "process, resident", f"{_bytes(report['resident_bytes'])}: {', '.join(parts)}"
     yield "load time", f"{report['load_seconds']:.3f} s"
     count = report["threads"]

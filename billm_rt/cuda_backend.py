@@ -22,7 +22,6 @@ from billm_rt.cuda.logits import DeviceLogits, DeviceRow
 from billm_rt.reference import rotary_table, some_rows
 from billm_rt.sampling import Logits
 
-
 T = TypeVar("T")
 
 
@@ -62,6 +61,13 @@ class CudaBackend:
     def require(self, file: BillmFile, ctx: int) -> None:
         """Raise DoesNotFitError unless the device has memory for the weights, a full KV cache and the scratch."""
         memory.require(file, ctx, self._kv_bits, self.chunk, self._device.free_bytes(), self.device)
+
+    def device_memory(self, file: BillmFile, kv_cache: int) -> dict[str, int]:
+        """Return the weights as they were reckoned, which is to the byte, and the rest as the device has it."""
+        weights, usage = memory.weight_bytes(file), self._device.usage()
+        report = {f"weights.{kind}": size for kind, size in weights.items()}
+        scratch = usage.arrays - sum(weights.values()) - kv_cache
+        return {**report, "kv_cache": kv_cache, "scratch": max(scratch, 0), "pool": usage.pool, "card": usage.card}
 
     def new_cache(self, config: ModelConfig, ctx: int) -> KVCache:
         """Return an empty cache in device memory."""

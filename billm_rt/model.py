@@ -124,8 +124,13 @@ class Model:
         return generate(self, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, cache=cache, lookup=lookup)
 
     def memory(self) -> dict[str, int]:
-        """Return bytes: the file's parts as they are mapped, live KV caches, and what the process holds."""
-        return memory_report(self.file, self._caches)
+        """Return bytes: the file's parts as mapped, live KV caches, what the process holds, `device.<kind>`."""
+        device = {f"device.{kind}": size for kind, size in self.device_memory().items()}
+        return memory_report(self.file, self._caches) | device
+
+    def device_memory(self) -> dict[str, int]:
+        """Return the bytes on a device of its own, see `Backend.device_memory`; empty on the CPU."""
+        return self.backend.device_memory(self.file, sum(cache.nbytes for cache in self._caches))
 
     def close(self) -> None:
         """Let go of the file; the model cannot be used afterwards."""

@@ -214,6 +214,7 @@ def _measure(
             "kv_cache": cache.nbytes,
             "rss": held["rss"],
             "peak_rss": held["peak_rss"],
+            "device": model.device_memory() or None,
         },
         "load_seconds": model.load_seconds,
         **options.describe(model),
@@ -281,12 +282,21 @@ def _cost_rows(report: dict[str, Any]) -> Iterator[Row]:
         if size:
             yield f"  {KINDS[kind]}", _bytes(size), ""
     yield "KV cache", _bytes(memory["kv_cache"]), ""
+    if memory["device"]:
+        yield from _device_rows(report["device"], memory["device"])
     before = f"{_bytes(memory['rss_before_load'])} before loading"
     yield "process, resident", f"{_bytes(memory['rss'])}, at most {_bytes(memory['peak_rss'])}, {before}", ""
     if memory["tokenizing_peak_rss"] is not None:
         yield "tokenizing the text", f"{_bytes(memory['tokenizing_peak_rss'])} at most, in a process of its own", ""
     yield "load time", f"{report['load_seconds']:.3f} s", ""
     yield "ran on", f"{report['device']} ({report['isa']}), {report['activations']} activations", ""
+
+
+def _device_rows(name: str, held: dict[str, int]) -> Iterator[Row]:
+    weights = sum(size for kind, size in held.items() if kind.startswith("weights."))
+    yield f"on {name}", f"{_bytes(held['pool'])} held, {_bytes(held['card'])} in use with other programs:", ""
+    for what, size in (("weights", weights), ("KV cache", held["kv_cache"]), ("scratch", held["scratch"])):
+        yield f"  {what}", _bytes(size), ""
 
 
 def _row(what: str, cell: Callable[[dict[str, Any]], str], ours: dict[str, Any], other: dict[str, Any] | None) -> Row:

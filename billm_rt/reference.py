@@ -39,6 +39,10 @@ class ReferenceBackend:
     def require(self, file: BillmFile, ctx: int) -> None:
         """Ask for nothing: the weights stay in the file, and the cache grows with what is read."""
 
+    def device_memory(self, file: BillmFile, kv_cache: int) -> dict[str, int]:
+        """Return nothing: all is the process's own."""
+        return {}
+
     def new_cache(self, config: ModelConfig, ctx: int) -> KVCache:
         """Return an empty cache of `kv_type`."""
         return KVCache(config, ctx, self.kv_type)

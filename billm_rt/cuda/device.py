@@ -1,11 +1,12 @@
 """A GPU through CuPy: memory from its pool, kernels compiled by NVRTC and cached by it on disk, the caller's stream."""
 
 import importlib.util
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -30,6 +31,14 @@ class Recording:
     result: Any  # what the work returned: arrays that every replay writes
     replay: Callable[[], None]
     holds: Any  # the memory that it works on
+
+
+class Usage(NamedTuple):
+    """Bytes of device memory."""
+
+    arrays: int  # in use, what recordings work on included
+    pool: int  # held by this process's pools, in use or not
+    card: int  # in use on the whole card as the driver sees it, by this process and others
 
 
 class Device(Protocol):
@@ -82,6 +91,10 @@ class Device(Protocol):
         """Return how much memory can still be had."""
         ...
 
+    def usage(self) -> Usage:
+        """Return how much memory is taken."""
+        ...
+
     def pointer(self, array: Any) -> int:
         """Return the address of the array's first element."""
         ...
@@ -127,6 +140,7 @@ class CupyDevice:
         self.multiprocessors = int(properties["multiProcessorCount"])
         self.shared_per_multiprocessor = int(properties["sharedMemPerMultiprocessor"])
         self._kernels: dict[Kernel, Any] = {}
+        self._recorded = 0  # bytes that recordings hold
         self._kept: list[Any] | None = None  # the arguments of launches while they are captured
         self._staging: list[tuple[Any, Any]] = []  # (page-locked bytes, event behind the last copy from them)
 
@@ -214,12 +228,24 @@ class CupyDevice:
             finally:
                 self._kept = None
             graph = stream.end_capture()
-        return Recording(result, graph.launch, (pool, kept))
+        recording = Recording(result, graph.launch, (pool, kept))
+        self._count_recorded(int(pool.total_bytes()))
+        weakref.finalize(recording, self._count_recorded, -int(pool.total_bytes()))
+        return recording
+
+    def _count_recorded(self, nbytes: int) -> None:
+        self._recorded += nbytes
 
     def free_bytes(self) -> int:
         """Return what the driver has free and what the pool holds without using it."""
         free, _ = self._device.mem_info
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
+
+    def usage(self) -> Usage:
+        """Return what the pools and the driver say."""
+        pool, (free, total) = self._cupy.get_default_memory_pool(), self._device.mem_info
+        recorded = self._recorded
+        return Usage(int(pool.used_bytes()) + recorded, int(pool.total_bytes()) + recorded, int(total) - int(free))
 
     def pointer(self, array: Any) -> int:
         """Return the address of the array's first element."""

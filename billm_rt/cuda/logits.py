@@ -4,7 +4,6 @@ import math
 import struct
 
 import numpy as np
-from numpy.typing import NDArray
 
 from billm_rt.cuda import launch
 from billm_rt.cuda.device import Device, Recording
@@ -100,9 +99,7 @@ class DeviceLogits:
         device.launch(launch.SURVEY, warps, logits, self._ask, self._penalised, self._maxima, vocab, size)
         numbers = (vocab, size, groups_number)
         device.launch(launch.WEIGH, warps, self._penalised, self._ask, self._maxima, sums, *numbers)
-        device.launch(
-            launch.CHOOSE, launch.choose_size(groups), self._ask, self._maxima, sums, found, groups_number
-        )
+        device.launch(launch.CHOOSE, launch.choose_size(groups), self._ask, self._maxima, sums, found, groups_number)
         elements = launch.per_element(self.size)
         device.launch(launch.COLLECT, elements, self._penalised, found, entries, vocab, capacity)
         device.copy_out(self._answer_here, self._answer)

@@ -97,8 +97,14 @@ def scratch_bytes(config: ModelConfig, ctx: int, tokens: int) -> int:
     few = min(tokens, launch.FEW_TOKENS)
     partial = few * config.num_attention_heads * launch.MOST_SPLITS * (launch.padded_width(config.head_dim) + 2)
     rotary = ctx * config.head_dim
+    recorded = launch.FEW_TOKENS * (few * widths + partial)  # a step each of 1 to FEW_TOKENS tokens, of two kinds
     unpacked = max((_unpacked(rows, cols, tokens) for rows, cols, _ in linears.values()), default=0)
-    return _LIBRARY_BYTES + 4 * (tokens * widths + partial + rotary) + unpacked + survey_bytes(config.vocab_size)
+    return (
+        _LIBRARY_BYTES
+        + 4 * (tokens * widths + partial + recorded + rotary)
+        + unpacked
+        + survey_bytes(config.vocab_size)
+    )
 
 
 def _unpacked(rows: int, cols: int, tokens: int) -> int:

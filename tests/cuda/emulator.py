@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from billm_rt.cuda.device import Recording
+from billm_rt.cuda.device import Recording, Usage
 from billm_rt.cuda.launch import Kernel, Size
 from billm_rt.cuda.source import source
 
@@ -144,6 +144,10 @@ class EmulatedDevice:
     def free_bytes(self) -> int:
         """Return what is left of `memory`."""
         return self.memory - self.held
+
+    def usage(self) -> Usage:
+        """Return the arrays: there is nothing else."""
+        return Usage(self.held, self.held, self.held)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Return zeros, between the same margins."""

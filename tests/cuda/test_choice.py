@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,6 +18,7 @@ from billm_format.errors import UsageError
 from billm_rt import bench_cli, ppl_cli
 from billm_rt.backend import choose
 from billm_rt.cuda import device as cuda_device
+from billm_rt.cuda import memory
 from billm_rt.cuda_backend import CudaBackend
 
 # The real one, before conftest.py hides GPUs.
@@ -112,9 +114,26 @@ def test_billm_bench_on_a_gpu_says_nothing_of_the_processor(
     assert bench_cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "cuda:2 (cuda), float32 activations" in out
-    assert "on the device        the weights again, 0.0 MB KV cache" in out
+    assert re.search(r"on the device +\d+\.\d MB held: \d\.\d MB weights, 0\.0 MB KV cache, \d+\.\d MB scratch; ", out)
     assert "thread" not in out and "memory reads" not in out
     assert bench_cli.main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["device"], report["threads"], report["bandwidth_share"]) == ("cuda:2", None, None)
-    assert report["memory"]["kv_cache"] > 0
+    assert report["memory"]["kv_cache"] == report["device_memory"]["kv_cache"] > 0
+
+
+def test_billm_ppl_on_a_gpu_says_what_lies_there(
+    emulated: EmulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda_device, "unavailable_reason", lambda index: None)
+    monkeypatch.setattr(cuda_device, "CupyDevice", lambda index: emulated)
+    monkeypatch.setattr(memory, "_UNIT", 1)  # the emulation rounds nothing up
+    make_random_billm(tmp_path / "m.billm")
+    (tmp_path / "text.txt").write_text("what a text " * 9)
+    arguments = [str(tmp_path / "m.billm"), "--device", "cuda", "--data", str(tmp_path / "text.txt"), "--seqlen", "30"]
+    assert ppl_cli.main([*arguments, "--windows", "1", "--quiet"]) == 0
+    assert re.search(r"\non cuda:0 .* MB held, .* MB in use with other programs:\n  weights ", capsys.readouterr().out)
+    assert ppl_cli.main([*arguments, "--windows", "1", "--quiet", "--json"]) == 0
+    held = json.loads(capsys.readouterr().out)["memory"]["device"]
+    weights = sum(size for kind, size in held.items() if kind.startswith("weights."))
+    assert held["kv_cache"] > 0 and 0 < weights + held["kv_cache"] + held["scratch"] <= held["pool"]

@@ -4,6 +4,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -125,19 +126,25 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     module.empty = lambda shape, dtype: np.full(shape, 0x55, dtype).view(Array)
     module.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(Array)
     module.asnumpy = np.asarray
-    module.get_default_memory_pool = lambda: SimpleNamespace(free_bytes=lambda: 2_000_000)
+    pool = {"free_bytes": 2_000_000, "used_bytes": 3_000_000, "total_bytes": 5_000_000}
+    module.get_default_memory_pool = lambda: SimpleNamespace(**{name: partial(int, n) for name, n in pool.items()})
     module.cuda = SimpleNamespace(
         Device=lambda index: SimpleNamespace(use=lambda: None, cublas_handle=1, mem_info=(5_000_000, 80_000_000)),
         Event=lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
         get_current_stream=lambda: Stream(module.log, 7),
         Stream=lambda non_blocking: Stream(module.log, 8, non_blocking),
-        MemoryPool=lambda: SimpleNamespace(malloc="the graph's pool"),
+        MemoryPool=lambda: SimpleNamespace(malloc="the graph's pool", total_bytes=lambda: 1_000_000),
         using_allocator=lambda allocator: using_allocator(module.log, allocator),
         memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         runtime=SimpleNamespace(
-            getDeviceProperties=lambda index: properties, CUDA_R_16F=2, CUDA_R_32F=0, CUDARuntimeError=RuntimeError,
-            memcpyAsync=copy, memcpyHostToDevice=1, memcpyDeviceToHost=2,
-        ),  # fmt: skip
+            getDeviceProperties=lambda index: properties,
+            CUDA_R_16F=2,
+            CUDA_R_32F=0,
+            CUDARuntimeError=RuntimeError,
+            memcpyAsync=copy,
+            memcpyHostToDevice=1,
+            memcpyDeviceToHost=2,
+        ),
     )
     cupyx: Any = ModuleType("cupyx")
     cupyx.empty_pinned = np.empty
@@ -197,6 +204,15 @@ def test_no_memory_is_said_with_what_is_there(cupy: Any) -> None:
 
 def test_free_is_what_the_driver_and_the_pool_have(cupy: Any) -> None:
     assert CupyDevice().free_bytes() == 7_000_000
+
+
+def test_usage_counts_what_recordings_hold(cupy: Any) -> None:
+    device = CupyDevice()
+    assert device.usage() == (3_000_000, 5_000_000, 75_000_000)
+    recording = device.record(lambda: None)
+    assert device.usage() == (4_000_000, 6_000_000, 75_000_000)
+    del recording
+    assert device.usage() == (3_000_000, 5_000_000, 75_000_000)
 
 
 def test_copies_from_and_to_page_locked_memory(cupy: Any, rng: np.random.Generator) -> None:

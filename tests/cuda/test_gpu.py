@@ -42,7 +42,10 @@ def test_a_head_of_a_real_size(rng: np.random.Generator) -> None:
     wide = weight.astype(np.float64) * scale.astype(np.float64)[:, None]
     for tokens in (1, 5):
         x = rng.standard_normal((tokens, 896)).astype(np.float32)
-        assert references.error(backend.logits(backend.head(device.upload(x), table)), x.astype(np.float64) @ wide.T) < 1e-5
+        assert (
+            references.error(backend.logits(backend.head(device.upload(x), table)), x.astype(np.float64) @ wide.T)
+            < 1e-5
+        )
 
 
 def test_a_graph_replays_on_new_activations(random_linear: RandomLinear, rng: np.random.Generator) -> None:

@@ -133,10 +133,15 @@ def test_tables(dtype: Any, width: int, device: Device, rng: np.random.Generator
     backend = CudaBackend(device)
     table: DeviceTable = backend.load_table(Table(weight, weight.shape[1], scale))
     ids = rng.integers(0, rows, 5)
-    assert references.error(device.download(backend.embed(device.upload(ids.astype(np.int32)), table)), wide[ids]) < 1e-6
+    assert (
+        references.error(device.download(backend.embed(device.upload(ids.astype(np.int32)), table)), wide[ids]) < 1e-6
+    )
     for tokens in (1, 2, 8, 11):
         x = rng.standard_normal((tokens, width)).astype(np.float32)
-        assert references.error(backend.logits(backend.head(device.upload(x), table)), x.astype(np.float64) @ wide.T) < 1e-6
+        assert (
+            references.error(backend.logits(backend.head(device.upload(x), table)), x.astype(np.float64) @ wide.T)
+            < 1e-6
+        )
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -175,9 +180,9 @@ def fill(
     cache.commit([0] * past)
     shape = (*held.data.shape[:2], past, width)
     if held.scale is None:
-        held.data[..., :past, : width] = device.upload(rng.standard_normal(shape).astype(np.float16))
+        held.data[..., :past, :width] = device.upload(rng.standard_normal(shape).astype(np.float16))
     else:
-        held.data[..., :past, : width] = device.upload(rng.integers(-127, 128, shape, np.int8))
+        held.data[..., :past, :width] = device.upload(rng.integers(-127, 128, shape, np.int8))
         held.scale[..., :past] = device.upload(rng.uniform(0.001, 0.02, shape[:3]).astype(np.float32))
     return held
 
@@ -225,7 +230,9 @@ def test_cache_and_attention(
         for new, wanted in zip(numbers_held[:, :, past : past + tokens, :width], (key, value), strict=True):
             largest = np.abs(wanted).max(axis=-1) if bits == 8 else np.abs(wanted).max()
             # Half a step of a head's own scale; of a binary16 half its last digit.
-            assert (np.abs(new.transpose(1, 0, 2) - wanted).max(axis=-1) <= largest / (253 if bits == 8 else 1000)).all()
+            assert (
+                np.abs(new.transpose(1, 0, 2) - wanted).max(axis=-1) <= largest / (253 if bits == 8 else 1000)
+            ).all()
         assert not numbers_held[:, :, past + tokens :].any() and not numbers_held[..., width:].any()
 
         mixed = device.download(attend(device, there, held, cache.past, config))
