@@ -29,8 +29,9 @@ class KeysValues:
     @property
     def arguments(self) -> tuple[Any, Any, Any, Any]:
         """Keys, values and their scales, as kernels take them."""
-        scales = (None, None) if self.scale is None else (self.scale[0], self.scale[1])
-        return self.data[0], self.data[1], *scales
+        if self.scale is None:
+            return self.data[0], self.data[1], None, None
+        return self.data[0], self.data[1], self.scale[0], self.scale[1]
 
     @property
     def capacity(self) -> int:

@@ -231,7 +231,7 @@ class Groups(NamedTuple):
     """How a row of logits is cut into runs, a warp each."""
 
     size: int
-    count: int  # at most one for each thread of `choose`
+    number: int  # at most one for each thread of `choose`
 
 
 def logit_groups(vocab_size: int) -> Groups:

@@ -19,8 +19,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 def survey_bytes(vocab_size: int) -> int:
     """Return the device memory of a `DeviceLogits`, but for long lists of recent tokens."""
-    answer = FOUND.size + 4 * launch.logit_groups(vocab_size).count + CAPACITY * ENTRY.itemsize
-    return 4 * vocab_size * (launch.MAX_TABLE_TOKENS + 1) + 4 * launch.logit_groups(vocab_size).count + answer + 512
+    answer = FOUND.size + 4 * launch.logit_groups(vocab_size).number + CAPACITY * ENTRY.itemsize
+    return 4 * vocab_size * (launch.MAX_TABLE_TOKENS + 1) + 4 * launch.logit_groups(vocab_size).number + answer + 512
 
 
 class DeviceLogits:
@@ -31,7 +31,7 @@ class DeviceLogits:
         self.array = device.empty((launch.MAX_TABLE_TOKENS, vocab_size), np.float32)
         self._device = device
         self._groups = launch.logit_groups(vocab_size)
-        count = self._groups.count
+        count = self._groups.number
         self._penalised = device.empty((vocab_size,), np.float32)
         self._maxima = device.empty((count,), np.float32)
         # One array, so that one copy brings all of it: FOUND, the groups' sums, ENTRY [CAPACITY].
@@ -53,7 +53,7 @@ class DeviceLogits:
         listed = self._write_ask(options, recent)
         self._survey(row)
         self._device.wait()
-        count, best, _ = FOUND.unpack_from(self._answer_here)
+        count, best, _ = FOUND.unpack_from(self._answer_here.data)
         entries = self._entries[: min(count, CAPACITY)]
         ids, logits = entries["id"].astype(np.int64), entries["logit"]
         order = ids.argsort()
@@ -75,7 +75,7 @@ class DeviceLogits:
         top_k = options.top_k if not cold and options.top_k < self.size else 0
         share = 0 if cold or top_k else (1 - options.top_p) / FEW_TOKENS
         numbers = inverse, temperature, share, _offset(options), top_k, options.repeat_penalty, recent.size
-        ASK.pack_into(self._ask_here, 0, *numbers)
+        ASK.pack_into(self._ask_here.data, 0, *numbers)
         return bool(cold or top_k or share or options.min_p)
 
     def _survey(self, row: int) -> None:
@@ -90,18 +90,15 @@ class DeviceLogits:
         recorded.replay()
 
     def _run(self, row: int) -> None:
-        device, (size, groups) = self._device, self._groups
-        sums_at, entries_at = self._cuts
+        device, (size, groups), (sums_at, entries_at) = self._device, self._groups, self._cuts
         found, sums, entries = self._answer[:sums_at], self._answer[sums_at:entries_at], self._answer[entries_at:]
-        logits, warps = self.array[row], launch.per_group(groups)
-        vocab, size, groups_number, capacity = map(np.int32, (self.size, size, groups, CAPACITY))
-        device.copy_in(self._ask, self._ask_here)
-        device.launch(launch.SURVEY, warps, logits, self._ask, self._penalised, self._maxima, vocab, size)
-        numbers = (vocab, size, groups_number)
-        device.launch(launch.WEIGH, warps, self._penalised, self._ask, self._maxima, sums, *numbers)
-        device.launch(launch.CHOOSE, launch.choose_size(groups), self._ask, self._maxima, sums, found, groups_number)
-        elements = launch.per_element(self.size)
-        device.launch(launch.COLLECT, elements, self._penalised, found, entries, vocab, capacity)
+        ask, penalised, maxima, warps = self._ask, self._penalised, self._maxima, launch.per_group(groups)
+        vocab, of_group, count, capacity = map(np.int32, (self.size, size, groups, CAPACITY))
+        device.copy_in(ask, self._ask_here)
+        device.launch(launch.SURVEY, warps, self.array[row], ask, penalised, maxima, vocab, of_group)
+        device.launch(launch.WEIGH, warps, penalised, ask, maxima, sums, vocab, of_group, count)
+        device.launch(launch.CHOOSE, launch.choose_size(groups), ask, maxima, sums, found, count)
+        device.launch(launch.COLLECT, launch.per_element(self.size), penalised, found, entries, vocab, capacity)
         device.copy_out(self._answer_here, self._answer)
 
 

@@ -66,7 +66,8 @@ def _longest_context(file: BillmFile, ctx: int, kv_bits: int, chunk: int, free: 
 
 def weight_bytes(file: BillmFile) -> dict[str, int]:
     """Return kind -> bytes on the device, of every kind that goes there."""
-    config, sizes = file.config, dict.fromkeys((*LINEAR_KINDS, "embedding", "head", "other"), 0)
+    config = file.config
+    sizes: dict[str, int] = dict.fromkeys((*LINEAR_KINDS, "embedding", "head", "other"), 0)
     for info in file.tensors.values():
         if info.kind not in sizes:
             continue

@@ -119,7 +119,7 @@ def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **cha
 
 def test_scratch_of_large_models_is_small() -> None:
     """Beside two gigabytes of weights (7B) and twenty (70B)."""
-    assert memory.scratch_bytes(llama(4096, 11008, 32, 32, 32), 2048, 512) < 350e6
+    assert memory.scratch_bytes(llama(4096, 11008, 32, 32, 32), 2048, 512) < 400e6
     assert memory.scratch_bytes(llama(8192, 28672, 80, 64, 8), 4096, 512) < 700e6
     assert memory.cache_bytes(llama(4096, 11008, 32, 32, 32), 16) == 512 << 10
     assert memory.cache_bytes(llama(4096, 11008, 32, 32, 32), 8) == (256 << 10) + 32 * 64 * 4

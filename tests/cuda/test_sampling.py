@@ -119,7 +119,7 @@ def test_a_survey_says_what_it_should(device: Device, rng: np.random.Generator) 
         found = there.survey(options, recent)
         assert found.best == penalised.max() and found.size == groups.size
         sums = np.add.reduceat(weights, np.arange(0, logits.size, groups.size))
-        assert sums.size == groups.count <= 1024
+        assert sums.size == groups.number <= 1024
         assert np.allclose(found.sums, sums, rtol=1e-5)
         assert found.complete and set(np.flatnonzero(weights >= 0.05)) <= set(found.ids.tolist())
         assert (weights[found.ids] > 0.0499).all() and (np.diff(found.ids) > 0).all()
