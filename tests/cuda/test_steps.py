@@ -50,7 +50,9 @@ def alike(first: list[Any], second: list[Any]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "mistral", "qwen3", "opt", "opt-350m"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "opt-350m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "opt"))]
+)
 def test_a_replayed_step_is_the_direct_one(
     family: str, load: Load, device: Device, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,8 +78,10 @@ def test_caches_have_steps_of_their_own(load: Load, rng: np.random.Generator) ->
             assert np.array_equal(model.forward(text[place : place + 1], cache), logits[place])
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1}, {"top_p": 0.9, "repeat_penalty": 1.2}])
-@pytest.mark.parametrize("lookup", [0, 3])
+@pytest.mark.parametrize(
+    ("options", "lookup"),
+    [({"temperature": 0}, 3), ({"temperature": 1}, 0), ({"top_p": 0.9, "repeat_penalty": 1.2}, 3)],
+)
 def test_text_is_that_of_logits_on_the_host(
     options: Any, lookup: int, load: Load, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
