@@ -49,8 +49,12 @@ static int has_avx512(void) {
 
 #if defined(BILLM_AVXVNNI)
 static int has_avxvnni(void) {
+#if defined(BILLM_SIMDE)
+    return has_avx2();
+#else
     unsigned a, b, c, d;
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#endif
 }
 #endif
 
@@ -140,6 +144,17 @@ const char *billm_selected(void) {
     const char *name = billm_isa_in_turn()->name;
     billm_pool_unlock();
     return name;
+}
+
+/* ---- levels ---- */
+
+int billm_has_narrow_levels(const struct billm_weight *w) {
+    unsigned wide = 0;
+    for (size_t i = 0; i < w->rows * w->blocks; i++) {
+        const uint8_t *scale = w->scales + 4 * i; /* the residual's sum is what saturates, not its parts */
+        wide |= (unsigned)scale[0] | (unsigned)scale[1] | (unsigned)(scale[2] + scale[3]);
+    }
+    return wide <= 127;
 }
 
 /* ---- scratch: one buffer that grows to the largest need, guarded by the pool's turn ---- */
