@@ -267,6 +267,19 @@ BILLM_INLINE __m256i wide_group(struct group group, size_t slab, size_t words, _
     return _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
 }
 
+/* Fetch what a later group of rows has in a slab, where rows are too long for the processor to guess so. */
+BILLM_INLINE void prefetch_group(const struct billm_weight *w, size_t row, size_t slab) {
+    enum { SLAB_BYTES = GROUP_ROWS * WORD_BYTES, SCALE_BYTES = GROUP_ROWS * 4, SHORT = 128 };
+    const size_t at = (row + 2 * GROUP_ROWS) * w->stride + slab * SLAB_BYTES;
+    if (w->stride <= SHORT)
+        return;
+    for (size_t line = 0; line < SLAB_BYTES; line += 64) {
+        _mm_prefetch((const char *)w->sign + at + line, _MM_HINT_T0);
+        _mm_prefetch((const char *)w->second + at + line, _MM_HINT_T0);
+    }
+    _mm_prefetch((const char *)w->scales + (row + 2 * GROUP_ROWS) * 4 * w->blocks + slab * SCALE_BYTES, _MM_HINT_T0);
+}
+
 BILLM_INLINE void word_gemv(const struct billm_weight *w, const int narrow, const struct words *x, const float *x_scale,
                             size_t row, size_t end, float *acc) {
     const size_t slabs = word_slabs(w), slabs_per_block = w->block / WORD_COLS;
@@ -282,6 +295,7 @@ BILLM_INLINE void word_gemv(const struct billm_weight *w, const int narrow, cons
             __m256i sum = _mm256_setzero_si256();
             for (size_t i = 0; i < slabs_per_block && slab < slabs; i++, slab++) {
                 const size_t words = billm_min(4, w->stride / 4 - 4 * slab);
+                prefetch_group(w, first, slab);
                 sum = _mm256_add_epi32(sum, narrow ? narrow_group(group, slab, words, slab >= whole, magnitudes, x + slab)
                                                    : wide_group(group, slab, words, magnitudes, x + slab));
             }
@@ -316,28 +330,42 @@ static __m256i widen_start(const int8_t *from, size_t count) {
     return widen(values);
 }
 
-/* `x` is padded with zeros to a whole vector. */
+/* The sums of a row over `blocks` blocks from column `col` on, spread over the lanes: block b's to sums[8 b]. `x` is padded
+ * with zeros to a whole vector. */
+BILLM_INLINE void int8_row(const struct billm_weight *w, const int8_t *values, const int16_t *x, size_t col,
+                           size_t blocks, __m256i *sums) {
+    const size_t whole = w->cols / 16 * 16;
+    for (size_t b = 0; b < blocks; b++, sums += 8) {
+        const size_t end = billm_min(col + w->block, w->cols), stop = billm_min(end, whole);
+        __m256i sum = _mm256_setzero_si256();
+        for (; col < stop; col += 16)
+            sum = dot(sum, widen(values + col), _mm256_load_si256((const void *)(x + col)));
+        if (col < end)
+            sum = dot(sum, widen_start(values + col, end - col), _mm256_load_si256((const void *)(x + col)));
+        *sums = sum;
+        col = end;
+    }
+}
+
+/* Eight rows, one after the other, so that the memory sees one stream, which is fetched two rows ahead. */
 static void int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
                       size_t end, float *acc) {
-    const int16_t *x = prepared;
-    const size_t whole = w->cols / 16 * 16, rest = w->cols - whole;
+    enum { BLOCKS = 16, AHEAD = 2 };
     (void)bits;
-    for (; row < end; row += 8) {
-        size_t rows = billm_min(8, end - row);
+    for (size_t rows; row < end; row += rows) {
         __m256 total = _mm256_setzero_ps();
-        for (size_t b = 0, col = 0; col < w->cols; b++, col += w->block) {
-            size_t stop = billm_min(col + w->block, whole);
-            __m256i sums[8];
+        rows = billm_min(8, end - row);
+        for (size_t block = 0; block < w->blocks; block += BLOCKS) {
+            const size_t blocks = billm_min(BLOCKS, w->blocks - block), col = block * w->block;
+            __m256i sums[BLOCKS][8];
             for (size_t r = 0; r < 8; r++) {
                 const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
-                __m256i sum = _mm256_setzero_si256();
-                for (size_t j = col; j < stop; j += 16)
-                    sum = dot(sum, widen(values + j), _mm256_load_si256((const void *)(x + j)));
-                if (rest && b + 1 == w->blocks)
-                    sum = dot(sum, widen_start(values + whole, rest), _mm256_load_si256((const void *)(x + whole)));
-                sums[r] = sum;
+                for (size_t j = col; j < billm_min(col + BLOCKS * w->block, w->cols); j += 64)
+                    _mm_prefetch((const char *)values + AHEAD * w->stride + j, _MM_HINT_T0);
+                int8_row(w, values, prepared, col, blocks, &sums[0][r]);
             }
-            total = billm_step(total, x_scale[b], billm_sum8(sums));
+            for (size_t b = 0; b < blocks; b++)
+                total = billm_step(total, x_scale[block + b], billm_sum8(sums[b]));
         }
         float result[8];
         _mm256_storeu_ps(result, total);
