@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from billm_format.errors import UsageError
 from billm_format.reader import BillmFile
-from billm_rt.backend import Array, Backend, FusedLayers, Layer, LayerOps, Norm, choose
+from billm_rt.backend import Array, Backend, FusedHead, FusedLayers, Layer, LayerOps, Norm, choose
 from billm_rt.cache import KVCache
 from billm_rt.generate import Chunk, generate
 from billm_rt.memory import memory_report
@@ -48,7 +48,10 @@ class Model:
         if self.config.final_norm:
             self._final_norm = self._norm_of("final_norm")
         self._layers = [self._layer(f"layers.{i}") for i in range(self.config.num_hidden_layers)]
-        self._runner = backend.fuse(self.config, self._layers)
+        self._runner = backend.fuse(self.config, self._layers, self._final_norm, self._head_table)
+        # Once, as asking a protocol takes longer than some layers.
+        self._fused_head = self._runner if isinstance(self._runner, FusedHead) else None
+        self._fused_layers = self._runner if isinstance(self._runner, FusedLayers) else None
 
     @property
     def device(self) -> str:
@@ -85,11 +88,11 @@ class Model:
         out: list[Array] = []
         chunk = self.backend.chunk
         for start in range(0, ids.size, chunk):
-            hidden = self._decode(ids[start : start + chunk], cache)
-            if logits == "all":
-                out.append(self._logits(hidden))
-            elif logits == "last" and start + chunk >= ids.size:
-                out.append(self._logits(hidden[-1:]))
+            part = ids[start : start + chunk]
+            if logits == "all" or (logits == "last" and start + chunk >= ids.size):
+                out.append(self._logits(part, cache, every=logits == "all"))
+            else:
+                self._decode(part, cache)
         if logits == "none":
             return None
         return out[0] if len(out) == 1 else np.concatenate(out)
@@ -134,9 +137,9 @@ class Model:
 
     # ---- the decoder, top to bottom
 
-    def _decode(self, ids: NDArray[np.int64], cache: KVCache) -> Array:
-        """Run one chunk through all layers; return hidden states [tokens, hidden_size] after the last norm."""
-        backend, config, start = self.backend, self.config, len(cache)
+    def _input(self, ids: NDArray[np.int64], start: int) -> tuple[Array, tuple[Array, Array] | None]:
+        """Return what the first layer reads, [tokens, hidden_size], and the rotary table, if positions are rotary."""
+        backend, config = self.backend, self.config
         # Overflow to infinity is part of the arithmetic (exp in SiLU); what it must not do is print.
         with np.errstate(all="ignore"):
             x: Array = backend.embed(ids, self._embed_table)
@@ -148,11 +151,17 @@ class Model:
             else:
                 rows = np.arange(start, start + ids.size) + config.position_offset
                 x = x + backend.embed(rows, self._positions)
-            if isinstance(self._runner, FusedLayers):
-                self._runner.run(x, cache, table)
-            else:
+        return x, table
+
+    def _decode(self, ids: NDArray[np.int64], cache: KVCache) -> Array:
+        """Run one chunk through all layers; return what the last one gives, [tokens, hidden_size]."""
+        x, table = self._input(ids, len(cache))
+        with np.errstate(all="ignore"):
+            if self._fused_layers is not None:
+                self._fused_layers.run(x, cache, table)
+            elif not isinstance(self._runner, FusedLayers):
                 x = self._run_layers(x, self._runner, cache, table)
-            cache.commit(ids.tolist())
+        cache.commit(ids.tolist())
         return x
 
     def _run_layers(self, x: Array, ops: LayerOps, cache: KVCache, table: tuple[Array, Array] | None) -> Array:
@@ -185,7 +194,15 @@ class Model:
             inner *= up
         return ops.linears(inner, layer.down)[0]
 
-    def _logits(self, hidden: Array) -> Array:
+    def _logits(self, ids: NDArray[np.int64], cache: KVCache, *, every: bool) -> Array:
+        """Run one chunk through everything; return the logits of every token or of the last."""
+        if self._fused_head is not None:
+            x, table = self._input(ids, len(cache))
+            out = self._fused_head.run_to_logits(x, cache, table, every=every)
+            cache.commit(ids.tolist())
+            return out
+        hidden = self._decode(ids, cache)
+        hidden = hidden if every else hidden[-1:]
         with np.errstate(all="ignore"):
             if self._final_norm is not None:
                 hidden = self._norm(hidden, self._final_norm)

@@ -61,13 +61,14 @@ void billm_avx512_prepare_narrow(const struct billm_weight *w, const int16_t *x,
         halve_slab(slab - 1);
 }
 
-/* The table of a block's levels, by its magnitudes raised by 128: those of a sign of 0 are the negative. The second of a
- * salient column says whether its signs agree, so there the magnitudes change places with the sign. */
-BILLM_INLINE __m512i levels_of(__m512i raised, size_t block) {
+/* The table of a block's levels, raised by 128: those of a sign of 0 are the negative. The second of a salient column says
+ * whether its signs agree, so there the magnitudes change places with the sign. */
+BILLM_INLINE __m512i levels_of(__m512i magnitudes, size_t block) {
     const __m128i order = _mm_setr_epi8(0, 0, 1, 1, 3, 2, 2, 3, 0, 0, 1, 1, 3, 2, 2, 3);
     const __m512i control = _mm512_broadcast_i32x4(_mm_add_epi8(order, _mm_set1_epi8((char)(4 * (block % 4)))));
-    const __m512i level = _mm512_shuffle_epi8(raised, control);
-    return _mm512_mask_sub_epi8(level, 0x5555555555555555u, _mm512_setzero_si512(), level);
+    const __m512i magnitude = _mm512_shuffle_epi8(magnitudes, control), raise = _mm512_set1_epi8((char)128);
+    return _mm512_mask_blend_epi8(0x5555555555555555u, _mm512_xor_si512(magnitude, raise),
+                                  _mm512_subs_epu8(raise, magnitude));
 }
 
 /* Add what `count` vectors of rows have in the columns of one bit, numbered in the low halves of `index`. */
@@ -151,7 +152,7 @@ BILLM_INLINE void gemv(const struct billm_weight *w, const struct slab *x, int b
         const struct rows second_rows = find_rows(w->second, w->stride, row, count, w->rows);
         const struct rows scale_rows = find_rows(w->scales, 4 * w->blocks, row, count, w->rows);
         __m512 total = _mm512_setzero_ps();
-        __m512i sum = _mm512_setzero_si512(), raised[4];
+        __m512i sum = _mm512_setzero_si512(), magnitudes[4];
         for (size_t slab = 0, block = 0, loaded = 0; slab < slabs; slab++) {
             __m512i sign[4], second[4], table[4], sums[4];
             load_rows(&sign_rows, slab * SLAB_BYTES, sign);
@@ -160,15 +161,15 @@ BILLM_INLINE void gemv(const struct billm_weight *w, const struct slab *x, int b
             prefetch(&second_rows, slab * PLANE_BYTES, PLANE_BYTES);
             prefetch(&scale_rows, slab * scale_bytes, scale_bytes);
             if (block >= loaded) {
-                load_rows(&scale_rows, 4 * block, raised);
+                load_rows(&scale_rows, 4 * block, magnitudes);
 #pragma GCC unroll 4
                 for (int a = 0; a < 4; a++)
-                    raised[a] = _mm512_xor_si512(billm_magnitudes512(raised[a]), _mm512_set1_epi8((char)128));
+                    magnitudes[a] = billm_magnitudes512(magnitudes[a]);
                 loaded = block + 4;
             }
 #pragma GCC unroll 4
             for (int a = 0; a < 4; a++)
-                table[a] = levels_of(raised[a], block);
+                table[a] = levels_of(magnitudes[a], block);
             if (slab >= whole) {
                 sum = _mm512_add_epi32(sum, half_sums(sign, second, table, x + slab, bits));
                 total = step(total, x_scale[block], sum);

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 
 /* The steps of a layer that a single token takes, each with all threads. */
-enum { QKV, ATTEND, OUT, UP, DOWN, STEPS };
+enum { QKV, ATTEND, OUT, UP, DOWN, STEPS, HEAD = STEPS, ALL_STEPS };
 
 /* What a run of `tokens` tokens computes on the way, cut from the decoder's scratch. */
 struct work {
@@ -15,6 +15,7 @@ struct work {
     size_t tokens, start;
     const float *cos, *sin;
     float *x;           /* [tokens, hidden]: the caller's */
+    float *logits;      /* the caller's, or NULL */
     float *normed;      /* [tokens, hidden] */
     float *query;       /* [tokens, heads, width]; then what attention makes of it */
     float *mixed;       /* the same shape */
@@ -31,11 +32,11 @@ struct work {
     size_t tasks_per_head;
     /* a single token: */
     const struct billm_isa *isa;
-    size_t first;                   /* of the layers */
+    size_t first, layers;
     const struct billm_cache *caches;
     char *own;                      /* a struct own and its memory for each thread */
     size_t own_size, prepared_size;
-    size_t rows_per_task[STEPS], part_count;
+    size_t rows_per_task[ALL_STEPS], part_count;
     struct billm_product parts[3];  /* of the step's group, by their places */
 };
 
@@ -103,9 +104,9 @@ static struct own *own_of(const struct work *w, size_t thread) {
 }
 
 /* The most that the products of one group want prepared. */
-static size_t most_prepared(const struct work *w, size_t layers) {
-    size_t most = 0;
-    for (size_t i = 0; i < layers; i++) {
+static size_t most_prepared(const struct work *w) {
+    size_t most = w->logits ? w->isa->prepared_bytes(&w->decoder->head.table) : 0;
+    for (size_t i = 0; i < w->layers; i++) {
         const struct billm_layer *layer = &w->decoder->layers[w->first + i];
         const struct billm_group *groups[] = {&layer->qkv, &layer->o, &layer->up, &layer->down};
         for (size_t g = 0; g < 4; g++) {
@@ -119,10 +120,10 @@ static size_t most_prepared(const struct work *w, size_t layers) {
     return most;
 }
 
-static int make_room(struct work *w, size_t layers) {
+static int make_room(struct work *w) {
     struct billm_decoder *d = w->decoder;
     if (in_one_run(w)) {
-        w->prepared_size = most_prepared(w, layers);
+        w->prepared_size = most_prepared(w);
         w->own_size = lay_out_own(w, NULL);
     }
     size_t needed = lay_out(w, NULL);
@@ -273,6 +274,17 @@ static int run_layer(struct work *w) {
     return run_mlp(w, w->normed);
 }
 
+static int run_head(struct work *w) {
+    const struct billm_head *head = &w->decoder->head;
+    const struct billm_product product = {&head->table, head->epilogue, w->logits, head->table.rows, 0};
+    const struct billm_tokens tokens = {w->values, w->scales, w->tokens, w->decoder->activation_bits};
+    if (head->norm.weight)
+        run_norm(w, &head->norm, w->x, w->normed);
+    billm_quantize_in_turn(head->norm.weight ? w->normed : w->x, NULL, w->tokens, head->table.cols, head->table.block,
+                           tokens.bits, w->values, w->scales);
+    return billm_products_in_turn(&product, 1, &tokens);
+}
+
 /* ---- a single token: every step of every layer is a stage of one run ---- */
 
 /* Name the group's products by their places; returns how many tasks they make. */
@@ -292,9 +304,23 @@ static size_t open_group(struct work *w, const struct billm_group *group, float 
     return tasks;
 }
 
+static size_t open_head(struct work *w) {
+    const struct billm_head *head = &w->decoder->head;
+    const size_t size = w->rows_per_task[HEAD];
+    w->parts[0] = (struct billm_product){&head->table, head->epilogue, w->logits, head->table.rows, 0};
+    return (head->table.rows + size - 1) / size;
+}
+
+/* The step of a stage; behind all layers comes the head. */
+static size_t step_of(const struct work *w, size_t stage) {
+    return stage / STEPS < w->layers ? stage % STEPS : HEAD;
+}
+
 static size_t open_step(void *context, size_t stage) {
     struct work *w = context;
     float *const heads[3] = {w->query, w->key, w->value}, *const gated[3] = {w->gate, w->up}, *const x[3] = {w->x};
+    if (step_of(w, stage) == HEAD)
+        return open_head(w);
     w->layer = &w->decoder->layers[w->first + stage / STEPS];
     w->cache = &w->caches[stage / STEPS];
     switch (stage % STEPS) {
@@ -329,11 +355,22 @@ static const float *normed(const struct work *w, const struct billm_norm *norm, 
     return own->normed;
 }
 
+static void read_head_input(const struct work *w, struct own *own) {
+    const struct billm_head *head = &w->decoder->head;
+    const float *x = head->norm.weight ? normed(w, &head->norm, own) : w->x;
+    w->isa->quantize(x, NULL, head->table.cols, head->table.block, w->decoder->activation_bits, own->values,
+                     own->scales[0]);
+    w->isa->prepare(&head->table, own->values, own->prepared);
+    own->prepared_of[0] = own->prepared;
+    own->scales_of[0] = own->scales[0];
+}
+
 static void enter_step(void *context, size_t stage, size_t thread) {
     const struct work *w = context;
     const struct billm_layer *layer = w->layer;
     struct own *own = own_of(w, thread);
-    switch (stage % STEPS) {
+    switch (step_of(w, stage)) {
+    case HEAD: read_head_input(w, own); break;
     case QKV: read_input(w, &layer->qkv, normed(w, &layer->attn_norm, own), own); break;
     case ATTEND: break;
     case OUT: read_input(w, &layer->o, w->mixed, own); break;
@@ -363,7 +400,7 @@ static void attend_head(const struct work *w, size_t head) {
 static void step_task(void *context, size_t stage, size_t index, size_t thread) {
     const struct work *w = context;
     const struct own *own = own_of(w, thread);
-    const size_t step = stage % STEPS, size = w->rows_per_task[step];
+    const size_t step = step_of(w, stage), size = w->rows_per_task[step];
     if (step == ATTEND) {
         attend_head(w, index);
         return;
@@ -379,40 +416,43 @@ static void step_task(void *context, size_t stage, size_t index, size_t thread) 
         part_rows(w, own, part, row, end);
 }
 
-static void run_token(struct work *w, size_t layers) {
+static void run_token(struct work *w) {
     const struct billm_decoder *d = w->decoder;
     const size_t query = d->heads * d->width, kv = d->kv_heads * d->width, qkv[3] = {query, kv, kv};
-    const struct billm_stages stages = {layers * STEPS, open_step, enter_step, step_task};
+    const struct billm_stages stages = {w->layers * STEPS + (w->logits ? 1 : 0), open_step, enter_step, step_task};
     w->rows_per_task[QKV] = billm_rows_per_task(qkv, 3, d->hidden);
     w->rows_per_task[OUT] = billm_rows_per_task(&d->hidden, 1, query);
     w->rows_per_task[UP] = billm_rows_per_task(&d->intermediate, 1, (d->gated ? 2 : 1) * d->hidden);
     w->rows_per_task[DOWN] = billm_rows_per_task(&d->hidden, 1, d->intermediate);
+    w->rows_per_task[HEAD] = w->logits ? billm_rows_per_task(&d->head.table.rows, 1, d->hidden) : 0;
     billm_pool_run_stages(&stages, w);
 }
 
-static int run_layers(struct work *w, size_t layers) {
-    for (size_t i = 0; i < layers; i++) {
+static int run_layers(struct work *w) {
+    for (size_t i = 0; i < w->layers; i++) {
         w->layer = &w->decoder->layers[w->first + i];
         w->cache = &w->caches[i];
         if (run_layer(w))
             return -1;
     }
-    return 0;
+    return w->logits ? run_head(w) : 0;
 }
 
 int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, size_t start, const float *cos, const float *sin,
-                 size_t first, size_t count, const struct billm_cache *caches) {
+                 size_t first, size_t count, const struct billm_cache *caches, float *logits) {
     struct work w = {.decoder = decoder, .tokens = tokens, .start = start, .cos = cos, .sin = sin, .x = x};
     w.first = first;
+    w.layers = count;
     w.caches = caches;
+    w.logits = logits;
     billm_pool_lock();
     w.isa = billm_isa_in_turn();
     w.ops = w.isa->floats;
-    int failed = make_room(&w, count);
+    int failed = make_room(&w);
     if (!failed && in_one_run(&w))
-        run_token(&w, count);
+        run_token(&w);
     else if (!failed)
-        failed = run_layers(&w, count);
+        failed = run_layers(&w);
     billm_pool_unlock();
     return failed;
 }
