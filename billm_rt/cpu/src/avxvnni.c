@@ -11,6 +11,11 @@ BILLM_INLINE __m256i narrow_words(__m256i x) {
     return _mm256_packus_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)), high);
 }
 
+BILLM_INLINE __m256i nibble_products(__m256i first, __m256i last, const int8_t x[2][32]) {
+    __m256i sum = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), first, _mm256_load_si256((const void *)x[0]));
+    return _mm256_dpbusd_avx_epi32(sum, last, _mm256_load_si256((const void *)x[1]));
+}
+
 BILLM_INLINE void add_narrow(__m256i sums[2], __m256i levels, const uint8_t x[2][32]) {
     sums[0] = _mm256_dpbusd_avx_epi32(sums[0], levels, _mm256_load_si256((const void *)x[0]));
     sums[1] = _mm256_dpbusd_avx_epi32(sums[1], levels, _mm256_load_si256((const void *)x[1]));

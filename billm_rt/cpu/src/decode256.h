@@ -3,7 +3,8 @@
 
 /* And for narrow levels (see below) such a file defines narrow_words(x): of the activations of one bit of sixteen bytes,
  * those that a product takes as its first vector (64-bit lanes 0 and 2) and as its second one (1 and 3);
- * add_narrow(sums, levels, x): add the products of 32 levels with these two vectors; and narrow_total(sums). */
+ * add_narrow(sums, levels, x): add the products of 32 levels with these two vectors; and narrow_total(sums). For codes of 4
+ * bits, nibble_products(first, last, x): the sums of the products of codes with two vectors of digits. */
 
 /* ---- binarized rows, blocks of at least 128 columns ----
  *
@@ -374,40 +375,46 @@ static void int8_gemv(const struct billm_weight *w, const void *prepared, int bi
     }
 }
 
-/* ---- decoding, 4-bit rows: as 8-bit ones; the offset of the codes is taken off the sum of a block ---- */
+/* ---- decoding, 4-bit rows: codes are unsigned bytes, activations two signed digits ----
+ *
+ * Eight rows at a time, two in a vector. The offset of the codes is taken off the sum of a block. */
 
-/* sum(code * x) of a unit, spread over the lanes. */
-static inline __m256i nibble_sums(const uint8_t *from, const int16_t *x) {
-    const __m128i bytes = _mm_loadu_si128((const void *)from), low_half = _mm_set1_epi8(15);
-    __m256i first = _mm256_cvtepu8_epi16(_mm_and_si128(bytes, low_half));
-    __m256i last = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_half));
-    __m256i sum = dot(_mm256_setzero_si256(), first, _mm256_load_si256((const void *)x));
-    return dot(sum, last, _mm256_load_si256((const void *)(x + 16)));
+/* sum(code * x) of a unit of two rows, spread over the lanes of each. */
+BILLM_INLINE __m256i nibble_sums(const uint8_t *from, size_t stride, const struct billm_nibble_input *x) {
+    const __m256i low_half = _mm256_set1_epi8(15), bytes = load_two(from, stride, 4);
+    const __m256i first = _mm256_and_si256(bytes, low_half);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half);
+    return _mm256_add_epi32(nibble_products(first, last, x->low),
+                            _mm256_slli_epi32(nibble_products(first, last, x->high), 8));
 }
 
-/* `prepared` holds the activations, padded with zeros to a whole unit, and for each block eight times their sum. */
 static void int4_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
                       size_t end, float *acc) {
-    const int16_t *x = prepared;
-    const int32_t *offset = (const void *)(x + w->blocks * BILLM_UNIT);
+    const struct billm_nibble_input *x = prepared;
     (void)bits;
-    for (size_t rows; row < end; row += rows) {
+    for (size_t rows; row < end; row += rows, acc += rows) {
+        /* As in word_gemv. */
+        const size_t first = end < GROUP_ROWS ? row : billm_min(row, end - GROUP_ROWS);
+        const size_t stride = end < GROUP_ROWS ? 0 : w->stride;
+        const uint8_t *from = w->nibbles + first * w->stride;
         __m256 total = _mm256_setzero_ps();
-        rows = billm_min(8, end - row);
-        for (size_t b = 0; b < w->blocks; b++) {
-            __m256i sums[8];
-            int8_t steps[8] = {0};
-            for (size_t r = 0; r < 8; r++)
-                sums[r] = nibble_sums(w->nibbles + (row + billm_min(r, rows - 1)) * w->stride + 16 * b,
-                                      x + BILLM_UNIT * b);
-            memcpy(steps, w->steps + b * w->rows + row, rows);
-            __m256i sum = _mm256_sub_epi32(billm_sum8(sums), _mm256_set1_epi32(offset[b]));
-            __m256i step = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)steps));
+        rows = end < GROUP_ROWS ? 1 : billm_min(GROUP_ROWS, end - row);
+        for (size_t b = 0; b < w->blocks; b++, from += BILLM_UNIT / 2) {
+            const int8_t *steps = w->steps + b * w->rows + first;
+            const char *next = (const char *)w->nibbles + (first + 2 * GROUP_ROWS) * w->stride + 128 * b;
+            __m256i sums[4], step;
+            _mm_prefetch(next, _MM_HINT_T0);
+            _mm_prefetch(next + 64, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (size_t r = 0; r < 4; r++)
+                sums[r] = nibble_sums(from + r * stride, stride, x + b);
+            __m256i sum = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+            sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(x[b].offset));
+            step = stride ? _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)steps)) : _mm256_set1_epi32(*steps);
             total = billm_step(total, x_scale[b], _mm256_mullo_epi32(sum, step));
         }
-        float result[8];
+        float result[GROUP_ROWS];
         _mm256_storeu_ps(result, total);
-        memcpy(acc, result, rows * sizeof *acc);
-        acc += rows;
+        memcpy(acc, result + (row - first), rows * sizeof *acc);
     }
 }

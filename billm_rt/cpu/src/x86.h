@@ -208,6 +208,14 @@ static inline void billm_prepare_binary(const struct billm_weight *w, const int1
 /* sum(level * x) of each unit of a slab, from 32 bytes of both planes and the magnitudes of each unit's block. */
 typedef __m256i billm_unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes);
 
+/* The activations of a unit of 4-bit codes: 256 high + low, of the columns in low nibbles, then of those in high ones, in
+ * both halves of a vector. */
+struct billm_nibble_input {
+    int8_t low[2][32], high[2][32];
+    int32_t offset; /* 8 times their sum */
+    uint8_t unused[28]; /* a whole number of vectors */
+};
+
 #define BILLM_INLINE __attribute__((always_inline)) static inline
 
 /* The slabs of the low and of the high digits, where their columns begin, and the block (from that of the slab's first unit on) of each 32-bit lane. */
