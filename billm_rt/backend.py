@@ -59,6 +59,15 @@ class FusedLayers(Protocol):
         ...
 
 
+@runtime_checkable
+class FusedHead(Protocol):
+    """Fused layers that also know the last norm and the head."""
+
+    def run_to_logits(self, x: Any, cache: KVCache, rotary: tuple[Any, Any] | None, *, every: bool) -> Array:
+        """As `FusedLayers.run`; return the logits float32 [tokens or 1, vocab_size] of every token or of the last."""
+        ...
+
+
 class LayerOps(Protocol):
     """The operations inside a layer, for the loop in `model.py`. Activations are float32 [tokens, width]."""
 
@@ -131,8 +140,13 @@ class Backend(Protocol):
         """Prepare an embedding, head or table of positions, of 4, 8 or 16 bits."""
         ...
 
-    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | LayerOps:
-        """Return the layers as one call that does what the loop in `model.py` does, or the operations for the loop."""
+    def fuse(
+        self, config: ModelConfig, layers: Sequence[Layer], norm: Norm | None, head: Any
+    ) -> FusedLayers | LayerOps:
+        """Return the layers as one call that does what the loop in `model.py` does, or the operations for the loop.
+
+        `norm` (of the last layer's output, if any) and `head` (a table) are for those that are a `FusedHead` as well.
+        """
         ...
 
     def take_step(

@@ -15,8 +15,8 @@ from billm_format.config import ModelConfig
 from billm_format.layout import GROUP
 from billm_format.packing import PackedLinear
 from billm_rt import cpu
-from billm_rt.backend import Array, FusedLayers, Layer, LayerOps
-from billm_rt.cpu.decoder import NativeLayers
+from billm_rt.backend import Array, FusedLayers, Layer, LayerOps, Norm
+from billm_rt.cpu.decoder import NativeLayers, NativeModel
 from billm_rt.reference import ReferenceBackend, some_rows
 
 # Columns that share an activation scale in front of the head, whose rows have one scale each.
@@ -63,9 +63,15 @@ class CpuBackend(ReferenceBackend):
             home.members.append((place, linear))
         return shared
 
-    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | LayerOps:
+    def fuse(
+        self, config: ModelConfig, layers: Sequence[Layer], norm: Norm | None, head: Any
+    ) -> FusedLayers | LayerOps:
         """Hand the layers to the native library where it can run them."""
-        return NativeLayers(config, layers, self._bits) if NativeLayers.can_run(config) else self
+        if not NativeLayers.can_run(config):
+            return self
+        if head.scale is None or config.has_projections:  # a table in float16, or one that reads something else
+            return NativeLayers(config, layers, self._bits)
+        return NativeModel(config, layers, self._bits, norm, head, _HEAD_BLOCK)
 
     def linears(self, x: Array, group: Any) -> list[Array]:
         """Quantize x once per kind of activation and multiply."""

@@ -92,7 +92,7 @@ class CudaBackend:
         scale = None if table.scale is None else self._device.upload(table.scale)
         return DeviceTable(self._device.upload(table.weight), scale)
 
-    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers:
+    def fuse(self, config: ModelConfig, layers: Sequence[Layer], norm: Norm | None, head: Any) -> FusedLayers:
         """Return the layers; UsageError where the kernels do not know heads this wide."""
         if config.head_dim > launch.MAX_HEAD_DIM:
             raise UsageError(

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from billm_format.errors import UsageError
 from billm_format.reader import BillmFile
-from billm_rt.backend import Array, Backend, FusedLayers, Layer, LayerOps, Norm, choose
+from billm_rt.backend import Array, Backend, FusedHead, FusedLayers, Layer, LayerOps, Norm, choose
 from billm_rt.cache import KVCache
 from billm_rt.generate import Chunk, generate
 from billm_rt.memory import memory_report
@@ -49,7 +49,10 @@ class Model:
         if self.config.final_norm:
             self._final_norm = self._norm_of("final_norm")
         self._layers = [self._layer(f"layers.{i}") for i in range(self.config.num_hidden_layers)]
-        self._runner = backend.fuse(self.config, self._layers)
+        self._runner = backend.fuse(self.config, self._layers, self._final_norm, self._head_table)
+        # Once, as asking a protocol takes longer than some layers.
+        self._fused_head = self._runner if isinstance(self._runner, FusedHead) else None
+        self._fused_layers = self._runner if isinstance(self._runner, FusedLayers) else None
 
     @property
     def device(self) -> str:
@@ -154,8 +157,14 @@ class Model:
         positions = np.arange(len(cache), len(cache) + ids.size)
 
         def step(ids: Any, positions: Any) -> Any:
-            hidden = self._decode(ids, positions, cache)
-            return None if logits == "none" else self._logits(hidden if logits == "all" else hidden[-1:])
+            x, table = self._input(ids, positions, len(cache))
+            if logits != "none" and self._fused_head is not None:
+                return self._fused_head.run_to_logits(x, cache, table, every=logits == "all")
+            if self._fused_layers is not None:
+                self._fused_layers.run(x, cache, table)
+            elif not isinstance(self._runner, FusedLayers):
+                x = self._run_layers(x, self._runner, cache, table)
+            return None if logits == "none" else self._logits(x if logits == "all" else x[-1:])
 
         # Overflow to infinity is part of the arithmetic (exp in SiLU); what it must not do is print.
         with np.errstate(all="ignore"):
@@ -163,21 +172,15 @@ class Model:
         cache.commit(ids.tolist())
         return head
 
-    def _decode(self, ids: Any, positions: Any, cache: KVCache) -> Array:
-        """Return the hidden states [tokens, hidden_size] behind the last layer; write the cache, without committing."""
+    def _input(self, ids: Any, positions: Any, start: int) -> tuple[Array, tuple[Array, Array] | None]:
+        """Return what the first layer reads, [tokens, hidden_size], and the rotary table, if positions are rotary."""
         backend = self.backend
         x: Array = backend.embed(ids, self._embed_table)
         if self._project_in is not None:
             x = backend.dense(x, self._project_in)
-        table = None
         if self._inv_freq is not None:
-            table = backend.rotary_table(len(cache), x.shape[0], self._inv_freq, self.config.rope_scale)
-        else:
-            x = backend.add(x, backend.embed(positions, self._positions))
-        if isinstance(self._runner, FusedLayers):
-            self._runner.run(x, cache, table)
-            return x
-        return self._run_layers(x, self._runner, cache, table)
+            return x, backend.rotary_table(start, x.shape[0], self._inv_freq, self.config.rope_scale)
+        return backend.add(x, backend.embed(positions, self._positions)), None
 
     def _run_layers(self, x: Array, ops: LayerOps, cache: KVCache, table: tuple[Array, Array] | None) -> Array:
         pre = self.config.norm_position == "pre"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from billm_format.config import ModelConfig
 from billm_format.packing import PackedLinear, Table
 from billm_format.reader import BillmFile
-from billm_rt.backend import Activation, Array, FusedLayers, Layer, LayerOps
+from billm_rt.backend import Activation, Array, FusedLayers, Layer, LayerOps, Norm
 from billm_rt.cache import KVCache
 
 T = TypeVar("T")
@@ -59,7 +59,9 @@ class ReferenceBackend:
         """Keep the table as it is."""
         return table
 
-    def fuse(self, config: ModelConfig, layers: Sequence[Layer]) -> FusedLayers | LayerOps:
+    def fuse(
+        self, config: ModelConfig, layers: Sequence[Layer], norm: Norm | None, head: Any
+    ) -> FusedLayers | LayerOps:
         """Leave the layers to the loop in `model.py`: it is their meaning."""
         return self
 

@@ -46,6 +46,7 @@ class Decoder:
         activation: int,
         activation_bits: int,
         layers: tuple[Any, ...],
+        head: tuple[Any, ...] | None,
         /,
     ) -> Decoder: ...
     def run(
@@ -56,6 +57,7 @@ class Decoder:
         sin: NDArray[np.float32] | None,
         first: int,
         caches: tuple[tuple[NDArray[np.generic], NDArray[np.float32]], ...],
+        logits: NDArray[np.float32] | None,
         /,
     ) -> None: ...
 

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from billm_format.config import ModelConfig
+from billm_format.packing import Table
 from billm_rt import cpu
-from billm_rt.backend import Array, Layer
+from billm_rt.backend import Array, Layer, Norm
 from billm_rt.cache import KVCache
 
 if TYPE_CHECKING:
@@ -18,7 +21,9 @@ _MAX_HEAD_DIM = 256  # BILLM_MAX_WIDTH
 class NativeLayers:
     """The layers of a model, checked once and run from the file's own memory."""
 
-    def __init__(self, config: ModelConfig, layers: Sequence[Layer], activation_bits: int) -> None:
+    def __init__(
+        self, config: ModelConfig, layers: Sequence[Layer], activation_bits: int, head: tuple[Any, ...] | None = None
+    ) -> None:
         from billm_rt.cpu import _native
 
         self._count = len(layers)
@@ -37,6 +42,7 @@ class NativeLayers:
             _ACTIVATIONS.index(config.activation),
             activation_bits,
             tuple(_parts(layer) for layer in layers),
+            head,
         )
 
     @staticmethod
@@ -46,13 +52,46 @@ class NativeLayers:
 
     def run(self, x: Array, cache: KVCache, rotary: tuple[Array, Array] | None) -> None:
         """Replace x float32 [tokens, hidden_size] by the last layer's output; write the cache, without committing."""
+        self._run(x, cache, rotary, None)
+
+    def _run(self, x: Array, cache: KVCache, rotary: tuple[Array, Array] | None, logits: Array | None) -> None:
         tokens = x.shape[0]
         cos, sin = (None, None) if rotary is None else (part.reshape(tokens, -1) for part in rotary)
         caches = cache.room_for(tokens)
         # A text goes layer by layer, so that Ctrl-C is heard in between; a single token in one call.
         step = self._count if tokens == 1 else 1
         for first in range(0, self._count, step):
-            self._decoder.run(x, len(cache), cos, sin, first, caches[first : first + step])
+            last = first + step == self._count
+            self._decoder.run(x, len(cache), cos, sin, first, caches[first : first + step], logits if last else None)
+
+
+class NativeModel(NativeLayers):
+    """The layers, the last norm and a head of 4 or 8 bits: a token costs one native call."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Sequence[Layer],
+        activation_bits: int,
+        norm: Norm | None,
+        head: Table,
+        head_block: int,
+    ) -> None:
+        """`head_block`: columns that share an activation scale in front of a head of 8 bits."""
+        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+        parts = (weight, bias, head.weight, head.step, head.scale, head_block)
+        super().__init__(config, layers, activation_bits, parts)
+        self._vocab_size = config.vocab_size
+
+    def run_to_logits(self, x: Array, cache: KVCache, rotary: tuple[Array, Array] | None, *, every: bool) -> Array:
+        """As `run`; return the logits float32 [tokens or 1, vocab_size] of every token or of the last."""
+        logits = np.empty((x.shape[0] if every else 1, self._vocab_size), np.float32)
+        if every or x.shape[0] == 1:
+            self._run(x, cache, rotary, logits)
+        else:
+            self._run(x, cache, rotary, None)
+            self._decoder.run(x[-1:], 0, None, None, 0, (), logits)
+        return logits
 
 
 def _parts(layer: Layer) -> tuple[Any, ...]:

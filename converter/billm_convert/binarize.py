@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from billm_convert.settings import MAX_LEVEL
 from billm_format.errors import UsageError
 from billm_format.layout import ALPHA_C, ALPHA_O, ALPHA_R, ALPHA_S
 
-MAX_CODE = 255
+MAX_CODE = MAX_LEVEL["paper"]
 
-# Where a row's largest scale lies before rounding. The room above is for what rounding itself changes later in the row;
-# measured on a real model, it spares nearly all rows the clamp and costs nothing.
-_TOP_CODE = 240
+# What is left free above a row's largest scale before rounding: 15 steps of 255, for what rounding itself changes later
+# in the row. Measured on a real model, it spares nearly all rows the clamp and costs nothing.
+_ROOM = 15 / 255
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ def is_positive(weight: Tensor) -> Tensor:
     return torch.ge(weight, 0, out=torch.empty_like(weight))
 
 
-def row_step(largest: Tensor) -> Tensor:
-    """Return each row's float16 step [rows]: the least one in which `largest` [rows] is at most 240 steps.
+def row_step(largest: Tensor, max_level: int) -> Tensor:
+    """Return each row's float16 step [rows]: the least one in which `largest` [rows] leaves room below `max_level`.
 
-    A row of zeros gets 0. UsageError where float16 is too small for the step.
+    That is 240 steps of 255, 120 of 127. A row of zeros gets 0. UsageError where float16 is too small for the step.
     """
-    wanted = (largest / _TOP_CODE).float()
+    wanted = (largest / round((1 - _ROOM) * max_level)).float()
     step = wanted.half()
     # A positive float16's successor is the next integer of its bits, subnormals included.
     step = torch.where(step.float() < wanted, (step.view(torch.int16) + 1).view(torch.float16), step)

@@ -75,7 +75,8 @@ def test_what_the_format_wants_holds_for_every_kind_of_problem(kind: str, seed: 
         assert np.isfinite(packed.col_scale).all()
         assert (packed.col_scale > 0).all()
         assert (scales[..., ALPHA_R] <= scales[..., ALPHA_O]).all()
-        assert (scales[..., ALPHA_O] + scales[..., ALPHA_R]).max() <= 255
+        assert scales.max() <= 127  # levels of seven bits, for which the runtime has quicker products
+        assert (scales[..., ALPHA_O] + scales[..., ALPHA_R]).max() <= 127
         assert np.isfinite(packed.dequantize()).all()
         assert np.isfinite(solved.error)
 

@@ -77,6 +77,15 @@ static void fill_values(struct guarded *block, size_t count, int bits, int extre
     }
 }
 
+/* Four codes for each of `count` blocks, random or at one end: of anything, or such that all levels have seven bits. */
+static void fill_scales(struct guarded *block, size_t count, int extreme, int narrow) {
+    fill_bytes(block, 4 * count, extreme, 0xff);
+    const uint8_t top[4] = {127, 127, 64, 63}, alone[4] = {127, 127, 127, 0}, *end = below(2) ? top : alone;
+    uint8_t *scale = block->data;
+    for (size_t i = 0; narrow && i < 4 * count; i++)
+        scale[i] = extreme || below(16) == 0 ? end[i % 4] : (uint8_t)(scale[i] % (end[i % 4] + 1));
+}
+
 static void make(struct problem *p) {
     size_t rows = 1 + below(below(8) ? 20 : 90), cols = edges[below(sizeof edges / sizeof *edges)];
     size_t block = (size_t)32 << below(4), tokens = token_counts[below(sizeof token_counts / sizeof *token_counts)];
@@ -86,7 +95,7 @@ static void make(struct problem *p) {
     fill_bytes(&p->memory[SIGN], rows * stride, extreme, 0xff);
     fill_bytes(&p->memory[SECOND], rows * stride, extreme, below(2) ? 0xff : 0);
     fill_bytes(&p->memory[SALIENT], stride, extreme, below(2) ? 0xff : 0);
-    fill_bytes(&p->memory[SCALES], rows * blocks * 4, extreme, 0xff);
+    fill_scales(&p->memory[SCALES], rows * blocks, extreme, (int)below(2));
     fill_bytes(&p->memory[VALUES], rows * cols, extreme, 0x80);
     fill_bytes(&p->memory[NIBBLES], rows * units * 16, extreme, below(2) ? 0xff : 0);
     fill_bytes(&p->memory[STEPS], rows * units, extreme, below(2) ? 0x80 : 0x7f);
@@ -108,6 +117,7 @@ static void make(struct problem *p) {
                                       p->memory[SALIENT].data,
                                       p->memory[SCALES].data,
                                       NULL};
+    p->binary.narrow = billm_has_narrow_levels(&p->binary);
     p->int8 = (struct billm_weight){.rows = rows, .cols = cols, .block = block, .blocks = blocks, .stride = cols};
     p->int8.values = p->memory[VALUES].data;
     p->int4 = (struct billm_weight){.rows = rows, .cols = cols, .block = 32, .blocks = units, .stride = 16 * units};

@@ -99,6 +99,37 @@ def test_tokens_one_by_one_in_chunks_and_after_a_cut_give_the_same_bits(
         assert np.array_equal(np.concatenate(one_by_one), wanted[100:])
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_heads_of_every_kind(
+    isa: str, family: str, bits: int, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token alone, the last of several and all of them: the same logits, and those of the model op by op."""
+    config = tiny_config(family, max_position_embeddings=CONTEXT)
+    make_random_billm(tmp_path / "m.billm", config, Quantization(block_size=32, embedding_bits=bits))
+    tokens = rng.integers(0, 320, 9)
+    with _load(tmp_path / "m.billm") as model:
+        every = model.logits(tokens)
+        last = model.forward(tokens, model.new_cache())
+        cache = model.new_cache()
+        alone = [model.forward([token], cache) for token in tokens]
+    assert last is not None and np.array_equal(last[0], every[-1])
+    assert np.array_equal(np.concatenate(alone), every)
+    with _op_by_op(tmp_path / "m.billm", monkeypatch) as model:
+        assert _difference(every, model.logits(tokens)) < CLOSE
+
+
+def test_logits_want_a_head(tmp_path: Path) -> None:
+    config = tiny_config()
+    make_random_billm(tmp_path / "m.billm", config, Quantization(block_size=32, embedding_bits=16))
+    with billm_rt.load(tmp_path / "m.billm") as model:
+        assert isinstance(model._runner, NativeLayers)
+        with pytest.raises(ValueError, match="made without a head"):
+            model._runner._decoder.run(
+                np.ones((1, 96), np.float32), 0, None, None, 0, (), np.empty((1, 320), np.float32)
+            )
+
+
 def test_threads_change_nothing(path: Path, rng: np.random.Generator) -> None:
     tokens = rng.integers(0, 320, 150)
     before, results = cpu.threads(), []
@@ -172,6 +203,7 @@ def run(tmp_path: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
             "sin": np.zeros((3, 8), np.float32),
             "first": 0,
             "caches": caches,
+            "logits": None,
         }
 
         def call(**changes: Any) -> None:
@@ -195,6 +227,9 @@ def run(tmp_path: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
         ({"start": "0"}, TypeError),
         ({"first": 1}, ValueError),
         ({"first": -1}, ValueError),
+        ({"logits": np.ones((3, 319), np.float32)}, ValueError),
+        ({"logits": np.ones((1, 320), np.float32)}, ValueError),
+        ({"logits": np.ones((3, 320))}, TypeError),
         ({"caches": [1]}, TypeError),
         ({"caches": (1,)}, TypeError),
         ({"caches": ((np.zeros((2, 2, 8, 16), np.int16), np.zeros((2, 2, 8), np.float32)),)}, ValueError),

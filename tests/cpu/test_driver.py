@@ -14,7 +14,10 @@ import pytest
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parents[1] / "billm_rt" / "cpu" / "src"
 FLAGS = ("-std=gnu11", "-ffp-contract=off", "-pthread", "-Wno-psabi", f"-I{SOURCES}")
-X86 = ("dispatch", "pool", "portable", "avx2", "avx512", "avx512_table", "float_portable", "float_avx2", "float_avx512")
+X86 = (
+    *("dispatch", "pool", "portable", "avx2", "avx512", "avx512_narrow", "avx512_table"),
+    *("float_portable", "float_avx2", "float_avx512"),
+)
 ARM = ("dispatch", "pool", "portable", "neon", "float_portable", "float_neon")
 on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs an x86-64 machine")
 
@@ -64,8 +67,15 @@ def test_avx512_over_emulated_intrinsics(tmp_path: Path, seed: int) -> None:
 
 
 @on_x86
+def test_avx_vnni_over_emulated_intrinsics(tmp_path: Path, seed: int) -> None:
+    need_simde()
+    flags = ("-O1", "-mavx2", "-DBILLM_SIMDE", "-DBILLM_AVXVNNI")
+    run(build("gcc", tmp_path / "driver", "driver.c", (*X86, "avxvnni"), *flags), seed, 500, "avx-vnni", "avx2")
+
+
+@on_x86
 def test_avx_vnni_at_the_edge_of_memory(tmp_path: Path, seed: int) -> None:
-    """Not emulated anywhere: needs the processor."""
+    """The processor's own instructions."""
     need_simde()
     if "avx_vnni" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("needs a processor with AVX-VNNI")
@@ -90,8 +100,9 @@ def test_amx_at_the_edge_of_memory(tmp_path: Path, seed: int) -> None:
 def test_kernels_with_address_and_undefined_behaviour_sanitizers(tmp_path: Path, seed: int) -> None:
     need_simde()
     sanitize = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    program = build("gcc", tmp_path / "driver", "driver.c", X86, "-mavx2", "-DBILLM_SIMDE", *sanitize)
-    run(program, seed, 2000, "avx512-vnni", "avx2")
+    emulate = ("-mavx2", "-DBILLM_SIMDE", "-DBILLM_AVXVNNI")
+    program = build("gcc", tmp_path / "driver", "driver.c", (*X86, "avxvnni"), *emulate, *sanitize)
+    run(program, seed, 2000, "avx512-vnni", "avx-vnni", "avx2")
 
 
 @pytest.mark.slow

@@ -59,7 +59,8 @@ def test_the_native_library_is_present() -> None:
 def test_binary_linear_is_its_definition(isa: str, block: int, random_linear: Any, rng: np.random.Generator) -> None:
     for cols in COLS:
         for tokens in rng.choice(TOKENS, 3, replace=False):
-            weight = random_linear(int(rng.integers(1, 70)), cols, block, bias=bool(rng.integers(2)))
+            rows, bias, narrow = int(rng.integers(1, 70)), bool(rng.integers(2)), bool(rng.integers(2))
+            weight = random_linear(rows, cols, block, bias, narrow)
             x = random_activations(rng, int(tokens), cols, block)
             out = cpu.binary_linear(weight, x)
             assert out.dtype == np.float32
@@ -162,6 +163,37 @@ def test_salient_magnitudes_saturate(isa: str, tokens: int, random_linear: Any, 
     weight.scales[...] = rng.choice(np.array([0, 1, 100, 127, 128, 200, 254, 255], np.uint8), weight.scales.shape)
     x = random_activations(rng, tokens, 160, 64)
     np.testing.assert_array_equal(cpu.binary_linear(weight, x), expected_binary(weight, x))
+
+
+@pytest.mark.parametrize("cols", [64, 128, 160, 224, 256, 576, 1000])
+@pytest.mark.parametrize("block", [128, 256])
+def test_narrow_levels_at_the_end_of_their_range(isa: str, cols: int, block: int, rng: np.random.Generator) -> None:
+    stride, blocks, rows = 4 * -(-cols // 32), -(-cols // block), int(rng.integers(1, 40))
+    planes = rng.integers(0, 2, (2, rows, 1), dtype=np.uint8) * np.full((1, 1, stride), 255, np.uint8)
+    row_scale = np.ones(rows, np.float16)
+    for activation in (127, -127, 32639, -32639, 128, -128):
+        bits = 8 if abs(activation) <= 127 else 16
+        x = QuantizedActivations(
+            np.full((1, cols), activation, np.int16), np.ones((1, blocks), np.float32), block, bits
+        )
+        for salient in (0x00, 0xFF):
+            for codes in ((127, 127, 127, 0), (127, 127, 64, 63)):
+                scales = np.broadcast_to(np.array(codes, np.uint8), (rows, blocks, 4)).copy()
+                column = np.full(stride, salient, np.uint8)
+                weight = PackedLinear(rows, cols, block, *planes, column, scales, row_scale)
+                np.testing.assert_array_equal(cpu.binary_linear(weight, x), expected_binary(weight, x))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_one_wide_level_among_narrow_ones(isa: str, place: int, random_linear: Any, rng: np.random.Generator) -> None:
+    """A byte beyond the range anywhere, or two whose sum is: the quicker product must not take it."""
+    for _ in range(10):
+        weight = random_linear(int(rng.integers(1, 40)), 576, 128, narrow=True)
+        row, block = rng.integers(weight.rows), rng.integers(5)
+        weight.salient[:] = 255 if place >= 2 else 0
+        weight.scales[row, block] = (0, 0, 64, 64) if place == 3 else np.eye(4)[place] * rng.integers(128, 256)
+        x = random_activations(rng, 1, 576, 128)
+        np.testing.assert_array_equal(cpu.binary_linear(weight, x), expected_binary(weight, x))
 
 
 def test_zero_scales_give_the_bias(isa: str, random_linear: Any, rng: np.random.Generator) -> None:

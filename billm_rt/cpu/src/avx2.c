@@ -39,6 +39,28 @@ static inline __m256i dot(__m256i sum, __m256i a, __m256i b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
 
+/* Levels of even bytes, then those of odd ones, as words. */
+BILLM_INLINE __m256i narrow_words(__m256i x) {
+    return _mm256_shuffle_epi8(
+        x, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
+}
+
+BILLM_INLINE __m256i nibble_products(__m256i first, __m256i last, const int8_t x[2][32]) {
+    __m256i sum = _mm256_maddubs_epi16(first, _mm256_load_si256((const void *)x[0])); /* at most 2 * 15 * 128 */
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(last, _mm256_load_si256((const void *)x[1])));
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+}
+
+BILLM_INLINE void add_narrow(__m256i sums[2], __m256i levels, const uint8_t x[2][32]) {
+    const __m256i even = _mm256_and_si256(levels, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(levels, 8);
+    sums[0] = dot(sums[0], even, _mm256_load_si256((const void *)x[0]));
+    sums[1] = dot(sums[1], odd, _mm256_load_si256((const void *)x[1]));
+}
+
+BILLM_INLINE __m256i narrow_total(const __m256i sums[2]) {
+    return _mm256_add_epi32(sums[0], sums[1]);
+}
+
 #include "decode256.h"
 
 void billm_avx2_binary_gemv_small(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
@@ -51,25 +73,24 @@ void billm_avx2_binary_gemv_small(const struct billm_weight *w, const void *prep
 
 size_t billm_avx2_prepared_bytes(const struct billm_weight *w) {
     if (w->nibbles)
-        return w->blocks * (BILLM_UNIT * sizeof(int16_t) + sizeof(int32_t));
+        return w->blocks * sizeof(struct billm_nibble_input);
     if (w->values)
         return billm_round_up(w->cols, 16) * sizeof(int16_t);
     return w->block < WORD_COLS ? 2 * billm_slabs(w) * sizeof(struct billm_slab) : word_slabs(w) * sizeof(struct words);
 }
 
-void billm_avx2_prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
-    if (w->sign) {
-        if (w->block < WORD_COLS)
-            billm_prepare_binary(w, x, prepared);
-        else
-            prepare_words(w, x, prepared);
-        return;
-    }
+void billm_avx2_prepare_table(const struct billm_weight *w, const int16_t *x, void *prepared) {
+    struct billm_nibble_input *unit = prepared;
     memset(prepared, 0, billm_avx2_prepared_bytes(w));
-    memcpy(prepared, x, w->cols * sizeof *x);
-    int32_t *offset = (void *)((int16_t *)prepared + w->blocks * BILLM_UNIT);
-    for (size_t j = 0; w->nibbles && j < w->cols; j++)
-        offset[j / BILLM_UNIT] += 8 * x[j];
+    if (w->values)
+        memcpy(prepared, x, w->cols * sizeof *x);
+    for (size_t j = 0; w->nibbles && j < w->cols; j++) {
+        struct billm_nibble_input *to = unit + j / BILLM_UNIT;
+        const size_t half = j % BILLM_UNIT / 16, i = j % 16;
+        to->low[half][i] = to->low[half][16 + i] = (int8_t)(x[j] & 0xff);
+        to->high[half][i] = to->high[half][16 + i] = (int8_t)((x[j] + 128) >> 8);
+        to->offset += 8 * x[j];
+    }
 }
 
 /* ---- tiles: int16 [cols / 2][16 rows][2]: a 32-bit lane is a row, madd_epi16 sums a pair of columns ---- */
@@ -248,7 +269,7 @@ const struct billm_isa billm_avx2 = {
     .packed_bytes = sizeof(int16_t),
     .quantize = billm_avx2_quantize,
     .prepared_bytes = billm_avx2_prepared_bytes,
-    .prepare = billm_avx2_prepare,
+    .prepare = prepare,
     .binary_gemv = binary_gemv,
     .int8_gemv = int8_gemv,
     .int4_gemv = int4_gemv,

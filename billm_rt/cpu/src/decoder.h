@@ -86,6 +86,13 @@ struct billm_layer {
     struct billm_group qkv, o, up, down;
 };
 
+/* What makes logits of the last layer's output: a norm (weight NULL: none) and the table of 4 or 8 bits. */
+struct billm_head {
+    struct billm_norm norm;
+    struct billm_weight table;
+    struct billm_epilogue epilogue;
+};
+
 struct billm_decoder {
     size_t hidden, intermediate, heads, kv_heads, width, window;
     float norm_eps;
@@ -95,14 +102,15 @@ struct billm_decoder {
     enum billm_activation activation;
     size_t layer_count;
     struct billm_layer *layers;
+    struct billm_head head; /* rows of the table 0: none */
     void *scratch; /* grows to what the longest run needs */
     size_t scratch_size;
 };
 
 /* Run layers first .. first + count on x [tokens, hidden] in place; caches has one entry per layer from `first` on and room
  * for start + tokens positions. cos, sin [tokens, width / 2], or NULL where positions are not rotary.
- * Takes the pool's turn. Returns -1 when memory runs out. */
+ * logits [tokens, rows of the table] of the result, or NULL. Takes the pool's turn. Returns -1 when memory runs out. */
 int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, size_t start, const float *cos, const float *sin,
-                 size_t first, size_t count, const struct billm_cache *caches);
+                 size_t first, size_t count, const struct billm_cache *caches, float *logits);
 
 #endif

@@ -4,7 +4,8 @@
 
 #include <stdlib.h>
 
-enum { VIEWS_PER_LAYER = 13 }; /* six norms; column scales of q, k, v, o, gate, up and down */
+/* Six norms; column scales of q, k, v, o, gate, up and down. Two of the last norm; codes, steps and scales of the head. */
+enum { VIEWS_PER_LAYER = 13, VIEWS_OF_HEAD = 5 };
 
 struct decoder {
     PyObject_HEAD struct billm_decoder decoder;
@@ -133,6 +134,49 @@ static int take_layer(struct decoder *self, PyObject *object, struct billm_layer
     return 0;
 }
 
+/* The table of the head: codes of 4 bits with steps, or of 8 bits in blocks of `block` columns of the activations. */
+static int take_table(struct decoder *self, PyObject *weight, PyObject *step, PyObject *scale, Py_ssize_t block) {
+    struct billm_head *head = &self->decoder.head;
+    const size_t cols = self->decoder.hidden;
+    Py_buffer *views = self->views + self->view_count;
+    const int nibbles = step != Py_None;
+    struct billm_weight table = {.cols = cols, .block = nibbles ? BILLM_UNIT : (size_t)block};
+    if (billm_check_block((Py_ssize_t)table.block))
+        return -1;
+    table.blocks = (cols + table.block - 1) / table.block;
+    table.stride = nibbles ? 16 * table.blocks : cols;
+    Py_ssize_t shape[2] = {-1, (Py_ssize_t)table.stride}, steps[2] = {(Py_ssize_t)table.blocks, -1};
+    self->view_count += 3; /* zeroed, as above */
+    if (billm_take(weight, "head weight", nibbles ? "B" : "b", 2, shape, 0, &views[0]) ||
+        billm_check_size("rows of the head", shape[0]) ||
+        billm_take(scale, "head scale", "ef", 1, shape, 0, &views[1]))
+        return -1;
+    steps[1] = shape[0];
+    if (nibbles && billm_take(step, "head step", "b", 2, steps, 0, &views[2]))
+        return -1;
+    table.rows = (size_t)shape[0];
+    table.values = nibbles ? NULL : views[0].buf;
+    table.nibbles = nibbles ? views[0].buf : NULL;
+    table.steps = views[2].buf;
+    head->table = table;
+    head->epilogue = (struct billm_epilogue){views[1].buf, views[1].itemsize == 2, NULL};
+    return 0;
+}
+
+static int take_head(struct decoder *self, PyObject *object) {
+    const size_t hidden = self->decoder.hidden;
+    PyObject *norm, *bias, *weight, *step, *scale;
+    Py_ssize_t block;
+    if (object == Py_None)
+        return 0;
+    if (check_tuple(object, "head") ||
+        !PyArg_ParseTuple(object, "OOOOOn", &norm, &bias, &weight, &step, &scale, &block) ||
+        take_vector(self, norm, "final norm", hidden, &self->decoder.head.norm.weight) ||
+        take_vector(self, bias, "final norm's bias", hidden, &self->decoder.head.norm.bias))
+        return -1;
+    return take_table(self, weight, step, scale, block);
+}
+
 static int check_sizes(const struct billm_decoder *d, Py_ssize_t window, int activation) {
     const size_t sizes[] = {d->hidden, d->intermediate, d->heads, d->kv_heads};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
@@ -149,11 +193,11 @@ static int check_sizes(const struct billm_decoder *d, Py_ssize_t window, int act
     return -1;
 }
 
-static int build(struct decoder *self, PyObject *layers) {
+static int build(struct decoder *self, PyObject *layers, PyObject *head) {
     struct billm_decoder *d = &self->decoder;
     d->layer_count = (size_t)PyTuple_Size(layers);
     d->layers = calloc(d->layer_count + 1, sizeof *d->layers);
-    self->views = calloc(d->layer_count * VIEWS_PER_LAYER + 1, sizeof *self->views);
+    self->views = calloc(d->layer_count * VIEWS_PER_LAYER + VIEWS_OF_HEAD, sizeof *self->views);
     if (!d->layers || !self->views) {
         PyErr_NoMemory();
         return -1;
@@ -161,6 +205,8 @@ static int build(struct decoder *self, PyObject *layers) {
     for (size_t i = 0; i < d->layer_count; i++)
         if (take_layer(self, PyTuple_GetItem(layers, (Py_ssize_t)i), &d->layers[i]))
             return -1;
+    if (take_head(self, head))
+        return -1;
     Py_INCREF(layers);
     self->parts = layers;
     return 0;
@@ -170,13 +216,13 @@ static PyObject *decoder_new(PyTypeObject *type, PyObject *args, PyObject *keywo
     Py_ssize_t hidden, intermediate, heads, kv_heads, width, window;
     int post_norm, gated, activation, bits;
     float eps;
-    PyObject *layers;
+    PyObject *layers, *head;
     if (keywords && PyDict_Size(keywords)) {
         PyErr_SetString(PyExc_TypeError, "Decoder takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "(nnnnnn)fppiiO!:Decoder", &hidden, &intermediate, &heads, &kv_heads, &width, &window,
-                          &eps, &post_norm, &gated, &activation, &bits, &PyTuple_Type, &layers))
+    if (!PyArg_ParseTuple(args, "(nnnnnn)fppiiO!O:Decoder", &hidden, &intermediate, &heads, &kv_heads, &width, &window,
+                          &eps, &post_norm, &gated, &activation, &bits, &PyTuple_Type, &layers, &head))
         return NULL;
     struct decoder *self = (struct decoder *)PyType_GenericAlloc(type, 0); /* zeroed */
     if (!self)
@@ -191,7 +237,7 @@ static PyObject *decoder_new(PyTypeObject *type, PyObject *args, PyObject *keywo
                                            .post_norm = post_norm,
                                            .gated = gated,
                                            .activation_bits = bits};
-    if (check_sizes(&self->decoder, window, activation) || build(self, layers)) {
+    if (check_sizes(&self->decoder, window, activation) || build(self, layers, head)) {
         Py_DECREF((PyObject *)self);
         return NULL;
     }
@@ -213,7 +259,7 @@ static void decoder_dealloc(PyObject *object) {
 
 /* ---- running ---- */
 
-enum { X, COS, SIN, OPERANDS };
+enum { X, COS, SIN, LOGITS, OPERANDS };
 
 /* The (data, scale) arrays of one layer, for `end` positions. */
 static int take_cache(const struct billm_decoder *d, PyObject *pair, size_t end, Py_buffer views[2],
@@ -245,8 +291,8 @@ static int take_cache(const struct billm_decoder *d, PyObject *pair, size_t end,
     return 0;
 }
 
-static int take_operands(const struct billm_decoder *d, PyObject *x, PyObject *cos, PyObject *sin, Py_buffer *views,
-                         size_t *tokens) {
+static int take_operands(const struct billm_decoder *d, PyObject *x, PyObject *cos, PyObject *sin, PyObject *logits,
+                         Py_buffer *views, size_t *tokens) {
     Py_ssize_t shape[2] = {-1, (Py_ssize_t)d->hidden};
     if (billm_take(x, "x", "f", 2, shape, 1, &views[X]))
         return -1;
@@ -258,9 +304,16 @@ static int take_operands(const struct billm_decoder *d, PyObject *x, PyObject *c
     if (cos != Py_None && (billm_take(cos, "cos", "f", 2, angles, 0, &views[COS]) ||
                            billm_take(sin, "sin", "f", 2, angles, 0, &views[SIN])))
         return -1;
+    if (logits != Py_None) {
+        Py_ssize_t wanted[2] = {shape[0], (Py_ssize_t)d->head.table.rows};
+        if (!d->head.table.rows)
+            PyErr_SetString(PyExc_ValueError, "logits: this decoder was made without a head");
+        if (!d->head.table.rows || billm_take(logits, "logits", "f", 2, wanted, 1, &views[LOGITS]))
+            return -1;
+    }
     for (int i = 0; i < OPERANDS; i++)
         if ((uintptr_t)views[i].buf % sizeof(float)) {
-            PyErr_SetString(PyExc_ValueError, "x, cos, sin: wanted memory aligned to 4 bytes");
+            PyErr_SetString(PyExc_ValueError, "x, cos, sin, logits: wanted memory aligned to 4 bytes");
             return -1;
         }
     *tokens = (size_t)shape[0];
@@ -272,7 +325,7 @@ static PyObject *run_checked(struct decoder *self, PyObject *const *args, Py_ssi
     struct billm_decoder *d = &self->decoder;
     const Py_ssize_t count = PyTuple_Size(args[5]);
     size_t tokens;
-    if (take_operands(d, args[0], args[2], args[3], views, &tokens))
+    if (take_operands(d, args[0], args[2], args[3], args[6], views, &tokens))
         return NULL;
     if (start < 0 || start > BILLM_MAX_SIZE || tokens > BILLM_MAX_SIZE || first < 0 ||
         (size_t)(first + count) > d->layer_count)
@@ -283,7 +336,8 @@ static PyObject *run_checked(struct decoder *self, PyObject *const *args, Py_ssi
     int failed = 0;
     if (tokens) {
         Py_BEGIN_ALLOW_THREADS failed = billm_decode(d, views[X].buf, tokens, (size_t)start, views[COS].buf,
-                                                     views[SIN].buf, (size_t)first, (size_t)count, caches);
+                                                     views[SIN].buf, (size_t)first, (size_t)count, caches,
+                                                     views[LOGITS].buf);
         Py_END_ALLOW_THREADS
     }
     if (failed)
@@ -293,8 +347,8 @@ static PyObject *run_checked(struct decoder *self, PyObject *const *args, Py_ssi
 
 static PyObject *decoder_run(PyObject *object, PyObject *const *args, Py_ssize_t count) {
     struct decoder *self = (struct decoder *)object;
-    if (count != 6 || !PyTuple_Check(args[5]))
-        return PyErr_Format(PyExc_TypeError, "run: wanted x, start, cos, sin, first and a tuple of caches");
+    if (count != 7 || !PyTuple_Check(args[5]))
+        return PyErr_Format(PyExc_TypeError, "run: wanted x, start, cos, sin, first, a tuple of caches, and logits");
     const Py_ssize_t start = PyLong_AsSsize_t(args[1]), first = PyLong_AsSsize_t(args[4]);
     if (PyErr_Occurred())
         return NULL;
@@ -316,7 +370,7 @@ static PyObject *decoder_run(PyObject *object, PyObject *const *args, Py_ssize_t
 
 static PyMethodDef decoder_methods[] = {
     {"run", (PyCFunction)(void (*)(void))decoder_run, METH_FASTCALL,
-     "run(x, start, cos or None, sin or None, first, caches): run layers on x [tokens, hidden] in place"},
+     "run(x, start, cos or None, sin or None, first, caches, logits or None): run layers on x [tokens, hidden] in place"},
     {NULL, NULL, 0, NULL},
 };
 

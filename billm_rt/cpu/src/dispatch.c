@@ -49,8 +49,12 @@ static int has_avx512(void) {
 
 #if defined(BILLM_AVXVNNI)
 static int has_avxvnni(void) {
+#if defined(BILLM_SIMDE)
+    return has_avx2();
+#else
     unsigned a, b, c, d;
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#endif
 }
 #endif
 
@@ -142,6 +146,17 @@ const char *billm_selected(void) {
     return name;
 }
 
+/* ---- levels ---- */
+
+int billm_has_narrow_levels(const struct billm_weight *w) {
+    unsigned wide = 0;
+    for (size_t i = 0; i < w->rows * w->blocks; i++) {
+        const uint8_t *scale = w->scales + 4 * i; /* the residual's sum is what saturates, not its parts */
+        wide |= (unsigned)scale[0] | (unsigned)scale[1] | (unsigned)(scale[2] + scale[3]);
+    }
+    return wide <= 127;
+}
+
 /* ---- scratch: one buffer that grows to the largest need, guarded by the pool's turn ---- */
 
 static void *scratch;
@@ -229,18 +244,24 @@ static void finish(const struct billm_product *product, size_t row, size_t rows,
         }
 }
 
+void billm_decode_rows(const struct billm_isa *isa, const struct billm_product *product, const void *prepared, int bits,
+                       const float *x_scale, size_t row, size_t end) {
+    const struct billm_weight *w = product->weight;
+    void (*const gemv)(const struct billm_weight *, const void *, int, const float *, size_t, size_t, float *) =
+        w->nibbles ? isa->int4_gemv : w->values ? isa->int8_gemv : isa->binary_gemv;
+    for (size_t next; row < end; row = next) {
+        float acc[MAX_ROWS];
+        next = billm_min(row + MAX_ROWS, end);
+        gemv(w, prepared, bits, x_scale, row, next, acc);
+        finish(product, row, next - row, acc, 0, 1, product->out);
+    }
+}
+
 static void gemv_task(void *context, size_t index) {
     const struct job *job = context;
     struct share share = share_of(job, index);
-    const struct billm_weight *w = share.product->weight;
-    void (*const gemv)(const struct billm_weight *, const void *, int, const float *, size_t, size_t, float *) =
-        w->nibbles ? job->isa->int4_gemv : w->values ? job->isa->int8_gemv : job->isa->binary_gemv;
-    for (size_t row = share.row; row < share.end; row += MAX_ROWS) {
-        float acc[MAX_ROWS];
-        size_t end = billm_min(row + MAX_ROWS, share.end);
-        gemv(w, job->prepared[share.index], job->x->bits, job->x->scales, row, end, acc);
-        finish(share.product, row, end - row, acc, 0, 1, share.product->out);
-    }
+    billm_decode_rows(job->isa, share.product, job->prepared[share.index], job->x->bits, job->x->scales, share.row,
+                      share.end);
 }
 
 static void pack_task(void *context, size_t index) {
@@ -287,18 +308,21 @@ static size_t cut_tasks(struct job *job, size_t rows_per_task) {
     return tasks;
 }
 
-/* Rows of a task of decoding, such that threads that are equally quick are done at the same time, or nearly: nine tasks
- * keep one of two waiting. */
-static size_t even_rows(struct job *job, size_t rows) {
-    const uint32_t threads = (uint32_t)billm_pool_threads(), all = (uint32_t)rows;
-    const size_t fewest = billm_round_up((WEIGHTS_PER_TASK + job->cols - 1) / job->cols, ROW_STEP);
-    size_t best = 0, least = (size_t)-1;
+size_t billm_rows_per_task(const size_t *rows, size_t count, size_t cols) {
+    const uint32_t threads = (uint32_t)billm_pool_threads();
+    const size_t fewest = billm_round_up((WEIGHTS_PER_TASK + cols - 1) / cols, ROW_STEP);
+    size_t all = 0, best = 0, least = (size_t)-1;
+    for (size_t i = 0; i < count; i++)
+        all += rows[i];
     if (threads == 1)
-        return billm_round_up(rows, ROW_STEP);
+        return billm_round_up(all, ROW_STEP);
     for (uint32_t each = 1; each <= TASKS_PER_THREAD; each++) {
-        const size_t even = billm_round_up((all + each * threads - 1) / (each * threads), ROW_STEP);
+        const size_t even = billm_round_up(((uint32_t)all + each * threads - 1) / (each * threads), ROW_STEP);
         const size_t size = even > fewest ? even : fewest;
-        const size_t longest = ((uint32_t)cut_tasks(job, size) + threads - 1) / threads * size;
+        uint32_t tasks = 0;
+        for (size_t i = 0; i < count; i++)
+            tasks += ((uint32_t)rows[i] + (uint32_t)size - 1) / (uint32_t)size;
+        const size_t longest = (tasks + threads - 1) / threads * size;
         if (longest <= least) { /* of equals the smaller tasks, which even out what else the machine does */
             least = longest;
             best = size;
@@ -319,10 +343,10 @@ static uint8_t *job_scratch(struct job *job, size_t size) {
 }
 
 static int run_gemv(struct job *job) {
-    size_t size = 0, rows = 0;
+    size_t size = 0, rows[3];
     for (size_t i = 0; i < job->count; i++) {
         size += billm_round_up(job->isa->prepared_bytes(job->products[i].weight), 64);
-        rows += job->products[i].weight->rows;
+        rows[i] = job->products[i].weight->rows;
     }
     uint8_t *prepared = job_scratch(job, size);
     if (!prepared)
@@ -333,7 +357,7 @@ static int run_gemv(struct job *job) {
         job->prepared[i] = prepared;
         prepared += billm_round_up(job->isa->prepared_bytes(w), 64);
     }
-    billm_pool_run(gemv_task, job, cut_tasks(job, even_rows(job, rows)));
+    billm_pool_run(gemv_task, job, cut_tasks(job, billm_rows_per_task(rows, job->count, job->cols)));
     return 0;
 }
 

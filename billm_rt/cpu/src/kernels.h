@@ -41,6 +41,7 @@ struct billm_weight {
     const int8_t *values;   /* [rows, cols] */
     const uint8_t *nibbles; /* [rows, 16 * blocks], the block being a unit: its columns i and 16 + i are byte i */
     const int8_t *steps;    /* [blocks, rows]: level = (nibble - 8) * step */
+    int narrow;             /* what billm_has_narrow_levels says of the scales; 0 will always do */
 };
 
 /* Quantized activations of `count` tokens. */
@@ -119,7 +120,7 @@ enum { BILLM_AVX2_TILE_ROWS = 16, BILLM_AVX2_TOKEN_STEP = 4 };
 void billm_avx2_quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
                          float *scales);
 size_t billm_avx2_prepared_bytes(const struct billm_weight *weight);
-void billm_avx2_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
+void billm_avx2_prepare_table(const struct billm_weight *weight, const int16_t *x, void *prepared);
 void billm_avx2_binary_gemv_small(const struct billm_weight *weight, const void *prepared, int bits,
                                   const float *x_scale, size_t row, size_t end, float *acc);
 void billm_avx2_multiply(const struct billm_weight *weight, const void *tile, size_t col, size_t cols,
@@ -141,6 +142,11 @@ size_t billm_avx512_prepared_bytes(const struct billm_weight *weight);
 void billm_avx512_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
 void billm_avx512_binary_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
                               size_t row, size_t end, float *acc);
+/* avx512_narrow.c */
+size_t billm_avx512_narrow_bytes(const struct billm_weight *weight);
+void billm_avx512_prepare_narrow(const struct billm_weight *weight, const int16_t *x, void *prepared);
+void billm_avx512_narrow_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                              size_t row, size_t end, float *acc);
 /* avx512_table.c */
 size_t billm_avx512_table_bytes(const struct billm_weight *weight);
 void billm_avx512_prepare_table(const struct billm_weight *weight, const int16_t *x, void *prepared);
@@ -154,9 +160,12 @@ extern const struct billm_isa billm_neon;
 #endif
 
 /* dispatch.c. `supported` fills names, best first, and returns how many; `select` returns -1 for one not supported.
- * `products` multiplies tokens by one or more weights of the same cols and block, in one run of the pool. It returns -1
+ * `products` multiplies tokens by one to three weights of the same cols and block, in one run of the pool. It returns -1
  * when memory runs out. All may be called from several threads; they take turns, except those whose caller holds the
  * pool's turn already. */
+/* Whether no level of the planes lies beyond -127 .. 127: then a byte holds it with its sign, which makes some products
+ * quicker. */
+int billm_has_narrow_levels(const struct billm_weight *weight);
 size_t billm_supported(const char *names[BILLM_ISAS]);
 int billm_select(const char *name);
 const char *billm_selected(void);
@@ -168,10 +177,27 @@ void billm_quantize_in_turn(const float *x, const float *col_scale, size_t token
 int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x);
 int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x);
 
+/* Decoding by parts: rows row .. end of a product, from the token that the instruction set prepared for its weight; and
+ * how many rows make a task, so that threads which are equally quick are done at the same time, or nearly (nine tasks
+ * keep one of two waiting), where a task is of one of `count` matrices with so many rows and `cols` columns. */
+void billm_decode_rows(const struct billm_isa *isa, const struct billm_product *product, const void *prepared, int bits,
+                       const float *x_scale, size_t row, size_t end);
+size_t billm_rows_per_task(const size_t *rows, size_t count, size_t cols);
+
+/* What threads do together, stage after stage: every task of a stage is done before the next stage opens. */
+struct billm_stages {
+    size_t count;
+    size_t (*open)(void *context, size_t stage); /* how many tasks it has; called while no task runs */
+    /* What a thread prepares for itself before its first task of a stage; may be NULL. Threads are numbered from 0. */
+    void (*enter)(void *context, size_t stage, size_t thread);
+    void (*task)(void *context, size_t stage, size_t index, size_t thread);
+};
+
 /* pool.c. A turn (lock .. unlock) owns the pool; run calls task(context, i) once for every i < count. */
 void billm_pool_lock(void);
 void billm_pool_unlock(void);
 void billm_pool_run(void (*task)(void *context, size_t index), void *context, size_t count);
+void billm_pool_run_stages(const struct billm_stages *stages, void *context);
 void billm_pool_set_threads(int threads); /* takes a turn itself */
 int billm_pool_threads(void);
 
@@ -185,6 +211,17 @@ static inline size_t billm_min(size_t a, size_t b) {
 
 static inline uint32_t billm_load32(const void *address) {
     uint32_t value;
+    memcpy(&value, address, sizeof value);
+    return value;
+}
+
+/* Levels of seven bits, in blocks as wide as the slabs of the kernels that gain by it. */
+static inline int billm_is_narrow(const struct billm_weight *weight) {
+    return weight->sign && weight->narrow && weight->block >= 128;
+}
+
+static inline uint64_t billm_load64(const void *address) {
+    uint64_t value;
     memcpy(&value, address, sizeof value);
     return value;
 }

@@ -151,6 +151,7 @@ static int take_weight(struct binary_linear *self, PyObject *const tensors[TENSO
     w->second = views[SECOND].buf;
     w->salient = views[SALIENT].buf;
     w->scales = views[SCALES].buf;
+    w->narrow = billm_has_narrow_levels(w);
     self->epilogue = (struct billm_epilogue){views[SCALE].buf, views[SCALE].itemsize == 2, views[BIAS].buf};
     return 0;
 }

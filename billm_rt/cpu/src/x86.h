@@ -48,6 +48,17 @@ static inline simde__m512i billm_cvtepi8_epi32(__m128i bytes) {
 #define _mm512_cvtepi8_epi32 billm_cvtepi8_epi32
 #define _mm512_cvtepi32_ps billm_cvtepi32_ps
 #define _mm512_maskz_loadu_epi8 billm_maskz_loadu_epi8
+#if defined(BILLM_AVXVNNI) && !defined(__AVXVNNI__)
+static inline __m256i billm_dpbusd(__m256i sum, __m256i a, __m256i b) {
+    return _mm512_castsi512_si256(
+        _mm512_dpbusd_epi32(_mm512_castsi256_si512(sum), _mm512_castsi256_si512(a), _mm512_castsi256_si512(b)));
+}
+static inline __m256i billm_dpwssd(__m256i sum, __m256i a, __m256i b) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+#define _mm256_dpbusd_avx_epi32 billm_dpbusd
+#define _mm256_dpwssd_avx_epi32 billm_dpwssd
+#endif
 #else
 #include <immintrin.h>
 #endif
@@ -196,6 +207,14 @@ static inline void billm_prepare_binary(const struct billm_weight *w, const int1
 
 /* sum(level * x) of each unit of a slab, from 32 bytes of both planes and the magnitudes of each unit's block. */
 typedef __m256i billm_unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes);
+
+/* The activations of a unit of 4-bit codes: 256 high + low, of the columns in low nibbles, then of those in high ones, in
+ * both halves of a vector. */
+struct billm_nibble_input {
+    int8_t low[2][32], high[2][32];
+    int32_t offset; /* 8 times their sum */
+    uint8_t unused[28]; /* a whole number of vectors */
+};
 
 #define BILLM_INLINE __attribute__((always_inline)) static inline
 
