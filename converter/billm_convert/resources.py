@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from billm_convert.settings import PASS_WINDOWS, STEP_WINDOWS, Effort
+from billm_convert.settings import Effort
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import all_tensors, layer_tensors
@@ -69,11 +69,11 @@ def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int, factor: int)
     layers = config.num_hidden_layers if whole else 1
     weights = layers * sum(rows * cols for rows, cols, _ in config.linears().values())
     kept = 16 * config.hidden_size + 8 * config.intermediate_size  # values of a token in a block, for the gradient
-    of_blocks = min(effort.windows, effort.block_steps * STEP_WINDOWS)
+    of_blocks = min(effort.windows, effort.block_steps * effort.step_windows)
     return {
         "weights": 4 * 4 * weights * effort.codes,  # latent, gradient, two moments
         "products": (1 + effort.codes) * factor * weights,  # what they read, and its gradient
-        "activations": factor * seqlen * (PASS_WINDOWS if whole else STEP_WINDOWS) * layers * kept,
+        "activations": factor * seqlen * (1 if whole else effort.step_windows) * layers * kept,
         "heads": 2 * factor * config.vocab_size * config.embedding_size * whole,
         # Of full precision, and a copy in 16 bits of its last; those that tuned blocks read, and their targets.
         "hidden_states": (6 * effort.windows + 8 * of_blocks) * seqlen * config.hidden_size,
@@ -82,7 +82,7 @@ def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int, factor: int)
 
 def check_tuning_memory(plan: dict[str, int], device: torch.device) -> None:
     """Raise DoesNotFitError, with the sum, when the plan of `tuning_memory` exceeds the memory that is free."""
-    advice = "give --effort vectors (codes stay) or blocks (one block at a time), or another recipe"
+    advice = "give --effort blocks, which trains one block at a time, or another recipe"
     if device.type == "cpu":
         _compare_memory(plan, psutil.virtual_memory().available, "memory", advice)
         return

@@ -30,25 +30,21 @@ CPU_CALIBRATION = (32, 1024)
 
 @dataclass(frozen=True)
 class Effort:
-    """How long the recipe "tuned" trains. A step reads STEP_WINDOWS windows of text."""
+    """How long the recipe "tuned" trains, and what."""
 
     windows: int  # of TUNING_TOKENS tokens
     block_steps: int  # for each block, against the full-precision block
     model_steps: int  # of the whole model, against the full-precision logits
-    codes: bool = (
-        True  # train the codes of weights and scales too; else multipliers, column scales, norms, biases alone
-    )
+    step_windows: int = 4  # windows in a step
+    codes: bool = True  # of weights and scales; else multipliers, column scales, norms and biases alone are trained
 
 
 # Windows of 256 cost less; on them a run gained less at 2,048 tokens than at 512, see README.md.
 TUNING_TOKENS = 512
-STEP_WINDOWS = 4
-PASS_WINDOWS = 1  # that go through the whole model at once: bounds the memory of activations
 EFFORTS = {
     "blocks": Effort(windows=400, block_steps=150, model_steps=0),  # one block in memory at a time
-    "vectors": Effort(windows=240, block_steps=0, model_steps=60, codes=False),  # weights take two bytes each, no more
-    "fast": Effort(windows=240, block_steps=0, model_steps=60),
-    "normal": Effort(windows=1000, block_steps=0, model_steps=250),
+    "fast": Effort(windows=160, block_steps=0, model_steps=80, step_windows=2, codes=False),
+    "normal": Effort(windows=1000, block_steps=0, model_steps=500, step_windows=2, codes=False),
     "max": Effort(windows=2000, block_steps=0, model_steps=1200),
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from billm_convert.block import DecoderBlock, Rotary, embed, finish
 from billm_convert.embedding import EmbeddingTable, to_float16
 from billm_convert.head_moment import stored_table
-from billm_convert.settings import EFFORTS, PASS_WINDOWS, STEP_WINDOWS, ConvertSettings, Event, Progress
+from billm_convert.settings import EFFORTS, ConvertSettings, Event, Progress
 from billm_convert.source import ModelSource
 from billm_convert.tune_block import (
     BlockStart,
@@ -151,7 +151,7 @@ class Tuning:
 
     def _trained_windows(self, text: TuningText) -> list[int]:
         """Return the windows that blocks are tuned on, and the held-out ones behind them; none without block steps."""
-        read = self._effort.block_steps * STEP_WINDOWS
+        read = self._effort.block_steps * self._effort.step_windows
         return [*range(min(text.training, read)), *text.held_out] if read else []
 
     def _trainable(self, text: TuningText, start: BlockStart) -> TunedBlock:
@@ -181,16 +181,17 @@ class Tuning:
         return self._trainable(text, self._load(layer, "block")), [before, before]
 
     def _advance(self, block: DecoderBlock, hidden: Tensor) -> None:
-        for windows in torch.split(hidden, STEP_WINDOWS):
+        for windows in torch.split(hidden, self._effort.step_windows):
             windows.copy_(block.forward(windows.to(self._device)))
 
     def _order(self, windows: int, steps: int, salt: int) -> list[list[int]]:
         """Return which windows each step reads: all of them in a random order, then all in another."""
         rng = random.Random(self._seed * 1_000_003 + salt)
         order: list[int] = []
-        while len(order) < steps * STEP_WINDOWS:
+        each = self._effort.step_windows
+        while len(order) < steps * each:
             order += rng.sample(range(windows), windows)
-        return [order[step * STEP_WINDOWS : (step + 1) * STEP_WINDOWS] for step in range(steps)]
+        return [order[step * each : (step + 1) * each] for step in range(steps)]
 
     # --- tables ------------------------------------------------------------------------------------------------------
 
@@ -242,26 +243,23 @@ class Tuning:
         inputs = self._first_inputs(text, stored=True)
         heads = self._head(stored=True), self._head(stored=False)
 
-        def distance(windows: Sequence[int]) -> tuple[float, Tensor, Tensor]:
-            read = torch.cat([inputs[window] for window in windows])
-            hidden = model.hidden(read.to(self._device)).flatten(0, 1)
-            goal = torch.from_numpy(wanted[list(windows)]).flatten(0, 1).to(self._device)
+        def distance(window: int) -> tuple[float, Tensor, Tensor]:
+            hidden = model.hidden(inputs[window].to(self._device))[0]
+            goal = torch.from_numpy(wanted[window]).to(self._device)
             return (*logit_distance(hidden.detach(), goal, *heads), hidden)
 
         def judge() -> float:
             with torch.no_grad():
-                return sum(distance([window])[0] for window in text.held_out) / len(text.held_out)
+                return sum(distance(window)[0] for window in text.held_out) / len(text.held_out)
 
         def learn(windows: Sequence[int]) -> float:
-            """Add a step's gradients in parts; return its loss."""
+            """Add a step's gradients, window by window: that bounds the memory of activations; return its loss."""
             total = 0.0
-            for start in range(0, len(windows), PASS_WINDOWS):
-                part = windows[start : start + PASS_WINDOWS]
-                loss, gradient, hidden = distance(part)
-                share = len(part) / len(windows)
+            for window in windows:
+                loss, gradient, hidden = distance(window)
                 _check_finite(loss, f"step {trainer.step}")
-                torch.autograd.backward(hidden, gradient.mul_(share))
-                total += share * loss
+                torch.autograd.backward(hidden, gradient.div_(len(windows)))
+                total += loss / len(windows)
             return total
 
         steps = self._effort.model_steps

@@ -137,13 +137,13 @@ def test_too_little_memory_is_refused_before_the_work_begins(
 ) -> None:
     options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=10**8, block_steps=0, model_steps=1))
     with pytest.raises(
-        DoesNotFitError, match=r"weights [\d.]+ \+ products [\d.]+ \+ activations .*give --effort vectors .* or blocks"
+        DoesNotFitError, match=r"weights [\d.]+ \+ products [\d.]+ \+ activations .*give --effort blocks"
     ):
         convert(tmp_path / "model", tmp_path / "out.billm", options)
 
 
 def test_an_unknown_effort_is_refused() -> None:
-    with pytest.raises(UsageError, match="--effort: wanted one of blocks, vectors, fast, normal, max, found 'huge'"):
+    with pytest.raises(UsageError, match="--effort: wanted one of blocks, fast, normal, max, found 'huge'"):
         ConvertSettings(effort="huge")
 
 
