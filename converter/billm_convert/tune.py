@@ -86,6 +86,8 @@ class Tuning:
         record = {
             "block_steps": self._effort.block_steps,
             "model_steps": self._effort.model_steps,
+            "step_windows": self._effort.step_windows,
+            "codes": self._effort.codes,
             **text.describe(),
             "block_errors": [self._work.block_record(i, "tuned") for i in range(self._work.finished_blocks("tuned"))],
         }
