@@ -319,6 +319,7 @@ static size_t step_of(const struct work *w, size_t stage) {
 static size_t open_step(void *context, size_t stage) {
     struct work *w = context;
     float *const heads[3] = {w->query, w->key, w->value}, *const gated[3] = {w->gate, w->up}, *const x[3] = {w->x};
+    size_t tasks;
     if (step_of(w, stage) == HEAD)
         return open_head(w);
     w->layer = &w->decoder->layers[w->first + stage / STEPS];
@@ -327,7 +328,7 @@ static size_t open_step(void *context, size_t stage) {
     case QKV: return open_group(w, &w->layer->qkv, heads, 0, QKV);
     case ATTEND: prepare_attention(w); return w->decoder->kv_heads;
     case OUT: return open_group(w, &w->layer->o, x, 1, OUT);
-    case UP: return open_group(w, &w->layer->up, gated, 0, UP) / w->part_count; /* a task has the same rows of both */
+    case UP: tasks = open_group(w, &w->layer->up, gated, 0, UP); return tasks / w->part_count; /* one: rows of both */
     default: return open_group(w, &w->layer->down, x, 1, DOWN);
     }
 }
