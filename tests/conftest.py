@@ -2,10 +2,12 @@
 
 import os
 import secrets
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from random_linear import RandomLinear, make_random_linear
 
 
 @pytest.fixture
@@ -20,6 +22,12 @@ def seed() -> int:
 def rng(seed: int) -> np.random.Generator:
     """A random generator from `seed`."""
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def random_linear(rng: np.random.Generator) -> RandomLinear:
+    """A function (rows, cols, block, ...) -> PackedLinear, see `make_random_linear`."""
+    return partial(make_random_linear, rng)
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,7 @@ def test_binary_linear_is_its_definition(isa: str, block: int, random_linear: An
     for cols in COLS:
         for tokens in rng.choice(TOKENS, 3, replace=False):
             rows, bias, narrow = int(rng.integers(1, 70)), bool(rng.integers(2)), bool(rng.integers(2))
-            weight = random_linear(rows, cols, block, bias, narrow)
+            weight = random_linear(rows, cols, block, bias=bias, narrow=narrow)
             x = random_activations(rng, int(tokens), cols, block)
             out = cpu.binary_linear(weight, x)
             assert out.dtype == np.float32

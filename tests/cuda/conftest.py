@@ -1,18 +1,14 @@
-"""The devices that kernels are tested on, emulated and real; random Linears in the file's layout."""
+"""The devices that kernels are tested on, emulated and real."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from cuda.emulator import EmulatedDevice, compiler
 
-from billm_format.layout import num_blocks, row_bytes
-from billm_format.packing import PackedLinear
 from billm_rt.cuda.device import CupyDevice, Device
 from billm_rt.cuda.launch import all_kernels
-
-RandomLinear = Callable[..., PackedLinear]
 
 
 @pytest.fixture(scope="session")
@@ -44,25 +40,3 @@ def emulated(compiled: EmulatedDevice) -> Iterator[EmulatedDevice]:
 def device(request: pytest.FixtureRequest) -> Device:
     """Both devices in turn."""
     return PoisonedGpu() if request.param == "gpu" else request.getfixturevalue("emulated")
-
-
-@pytest.fixture
-def random_linear(rng: np.random.Generator) -> RandomLinear:
-    """A function (rows, cols, block) -> PackedLinear with every byte random, those behind the last column included."""
-
-    def make(rows: int, cols: int, block: int, *, col_scale: bool = False, bias: bool = False) -> PackedLinear:
-        stride, blocks = row_bytes(cols), num_blocks(cols, block)
-        return PackedLinear(
-            rows,
-            cols,
-            block,
-            sign=rng.integers(0, 256, (rows, stride), dtype=np.uint8),
-            second=rng.integers(0, 256, (rows, stride), dtype=np.uint8),
-            salient=rng.integers(0, 256, stride, dtype=np.uint8) & rng.integers(0, 256, stride, dtype=np.uint8),
-            scales=rng.integers(0, 256, (rows, blocks, 4), dtype=np.uint8),
-            row_scale=rng.uniform(-0.01, 0.01, rows).astype(np.float16),
-            col_scale=rng.uniform(0.25, 4, cols).astype(np.float16) if col_scale else None,
-            bias=rng.standard_normal(rows).astype(np.float32) if bias else None,
-        )
-
-    return make

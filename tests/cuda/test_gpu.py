@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda import references
-from cuda.conftest import PoisonedGpu, RandomLinear
+from cuda.conftest import PoisonedGpu
 from cuda.test_kernels import FLOAT32
+from random_linear import RandomLinear
 
 from billm_format.packing import Table
 from billm_rt.cuda import launch

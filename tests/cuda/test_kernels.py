@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda import references
-from cuda.conftest import RandomLinear
 from cuda.emulator import EmulatedDevice, EmulationError
+from random_linear import RandomLinear
 from random_model import tiny_config
 
 from billm_format.packing import Table

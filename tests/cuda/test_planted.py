@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda import references
-from cuda.conftest import RandomLinear
 from cuda.emulator import EmulatedDevice
 from cuda.test_kernels import fill, values_of
+from random_linear import RandomLinear
 from random_model import tiny_config
 
 from billm_format.packing import Table
