@@ -2,12 +2,11 @@
 
 import os
 import secrets
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from random_linear import RandomLinear, make_random_linear
+from random_linear import RandomLinear
 
 
 @pytest.fixture
@@ -26,8 +25,8 @@ def rng(seed: int) -> np.random.Generator:
 
 @pytest.fixture
 def random_linear(rng: np.random.Generator) -> RandomLinear:
-    """A function (rows, cols, block, ...) -> PackedLinear, see `make_random_linear`."""
-    return partial(make_random_linear, rng)
+    """A function (rows, cols, block, ...) -> PackedLinear."""
+    return RandomLinear(rng)
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,16 @@
 """Random Linears in the file's layout, for the tests of kernels."""
 
-from typing import Protocol
-
 import numpy as np
 
 from billm_format.layout import ALPHA_O, ALPHA_R, num_blocks, row_bytes
 from billm_format.packing import PackedLinear
 
 
-class RandomLinear(Protocol):
+class RandomLinear:
     """What the fixture `random_linear` gives: a new Linear at every call."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
 
     def __call__(
         self,
@@ -21,38 +22,25 @@ class RandomLinear(Protocol):
         col_scale: bool = False,
         narrow: bool = False,
     ) -> PackedLinear:
-        """See `make_random_linear`."""
-        ...
+        """Return a Linear of random bytes, those behind the last column included.
 
-
-def make_random_linear(
-    rng: np.random.Generator,
-    rows: int,
-    cols: int,
-    block: int,
-    *,
-    bias: bool = False,
-    col_scale: bool = False,
-    narrow: bool = False,
-) -> PackedLinear:
-    """Return a Linear of random bytes, those behind the last column included.
-
-    `narrow`: no level lies beyond -127 to 127, some at either end.
-    """
-    stride, blocks = row_bytes(cols), num_blocks(cols, block)
-    scales = rng.integers(0, 256, (rows, blocks, 4), dtype=np.uint8)
-    if narrow:
-        scales = np.where(rng.random(scales.shape) < 0.1, 127, scales % 128).astype(np.uint8)
-        scales[..., ALPHA_R] %= 128 - scales[..., ALPHA_O]
-    return PackedLinear(
-        rows,
-        cols,
-        block,
-        sign=rng.integers(0, 256, (rows, stride), dtype=np.uint8),
-        second=rng.integers(0, 256, (rows, stride), dtype=np.uint8),
-        salient=rng.integers(0, 256, stride, dtype=np.uint8) & rng.integers(0, 256, stride, dtype=np.uint8),
-        scales=scales,
-        row_scale=rng.uniform(-0.01, 0.01, rows).astype(np.float16),
-        col_scale=rng.uniform(0.25, 4, cols).astype(np.float16) if col_scale else None,
-        bias=rng.standard_normal(rows).astype(np.float32) if bias else None,
-    )
+        `narrow`: no level lies beyond -127 to 127, some at either end.
+        """
+        rng = self._rng
+        stride, blocks = row_bytes(cols), num_blocks(cols, block)
+        scales = rng.integers(0, 256, (rows, blocks, 4), dtype=np.uint8)
+        if narrow:
+            scales = np.where(rng.random(scales.shape) < 0.1, 127, scales % 128).astype(np.uint8)
+            scales[..., ALPHA_R] %= 128 - scales[..., ALPHA_O]
+        return PackedLinear(
+            rows,
+            cols,
+            block,
+            sign=rng.integers(0, 256, (rows, stride), dtype=np.uint8),
+            second=rng.integers(0, 256, (rows, stride), dtype=np.uint8),
+            salient=rng.integers(0, 256, stride, dtype=np.uint8) & rng.integers(0, 256, stride, dtype=np.uint8),
+            scales=scales,
+            row_scale=rng.uniform(-0.01, 0.01, rows).astype(np.float16),
+            col_scale=rng.uniform(0.25, 4, cols).astype(np.float16) if col_scale else None,
+            bias=rng.standard_normal(rows).astype(np.float32) if bias else None,
+        )
