@@ -77,12 +77,11 @@ class DecoderBlock:
 
     def attention_half(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
         """Run the first half of the block, attention with what surrounds it, on x [batch, tokens, hidden]."""
-        return self._post_norm("attn_norm", x + self._attention(self._pre_norm("attn_norm", x), past, None))
+        return self.written_by("o", x, self._mix(self._pre_norm("attn_norm", x), past, None))
 
     def mlp_half(self, x: Tensor) -> Tensor:
         """Run the second half on the first's output."""
-        x = x + self._linear("down_proj", self._mlp_inner(self._pre_norm("mlp_norm", x), None))
-        return self._post_norm("mlp_norm", x)
+        return self.written_by("down", x, self._mlp_inner(self._pre_norm("mlp_norm", x), None))
 
     def read_by(self, group: str, x: Tensor) -> Tensor:
         """Return what a group of Linears reads, [batch, tokens, cols], x being the input of the half they are in."""
@@ -92,13 +91,15 @@ class DecoderBlock:
         x = self._pre_norm("mlp_norm", x)
         return x if group == "mlp" else self._mlp_inner(x, None)
 
+    def written_by(self, group: str, x: Tensor, read: Tensor) -> Tensor:
+        """Return the output of a half: `read` is what its last group, "o" or "down", reads, x the half's input."""
+        norm = "attn_norm" if group == "o" else "mlp_norm"
+        return self._post_norm(norm, x + self._linear(f"{group}_proj", read))
+
     def observe(self, x: Tensor, capture: Capture) -> None:
         """Show `capture` every Linear's input for x [batch, tokens, hidden]; the block's own output is not computed."""
-        x = self._post_norm("attn_norm", x + self._attention(self._pre_norm("attn_norm", x), None, capture))
+        x = self.written_by("o", x, self._mix(self._pre_norm("attn_norm", x), None, capture))
         self._mlp_inner(self._pre_norm("mlp_norm", x), capture)
-
-    def _attention(self, x: Tensor, past: KeyValues | None, capture: Capture | None) -> Tensor:
-        return self._linear("o_proj", self._mix(x, past, capture))
 
     def _mix(self, x: Tensor, past: KeyValues | None, capture: Capture | None) -> Tensor:
         """Return what the heads gather, [batch, tokens, query_size]."""

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -16,8 +17,11 @@ from billm_convert.block import HALVES, DecoderBlock, input_groups
 from billm_convert.hessian import DriftAccumulator, HessianAccumulator
 from billm_format.config import ModelConfig
 
-# The groups whose outputs are added to the hidden states.
+# The groups whose outputs are added to the hidden states: the last of each half.
 _ADDED = ("o", "down")
+
+# Of the memory that is free, what may be taken to save a second computation.
+_KEPT_SHARE = 0.25
 
 # Told the share of a piece of work that is done.
 Told = Callable[[float], None]
@@ -87,6 +91,8 @@ class FollowedStream(Stream):
         self._quick = quick
         self._wanted = hidden.clone()
         self._halves_done = 0  # of the block that is being replaced
+        self._measured = False  # the last Linear of the half that is next: then the original's half is done already
+        self._kept: list[Tensor] = []  # what that Linear reads, by batch, where there is room for it
 
     def inputs(self, block: DecoderBlock, original: DecoderBlock, told: Told) -> Iterator[Inputs]:
         """Yield what each group of Linears reads, those before it in `block` being replaced by now."""
@@ -106,8 +112,9 @@ class FollowedStream(Stream):
         hessian = HessianAccumulator(cols, self._device)
         drift = DriftAccumulator(cols, cols, self._device)
         hidden_drift = DriftAccumulator(rows, cols, self._device) if group in _ADDED else None
-        batches = self._batches(self._hidden)
-        for index, pair in enumerate(zip(batches, self._batches(self._wanted), strict=True)):
+        keep = hidden_drift is not None and self._room_for(cols)
+        pairs = list(zip(self._batches(self._hidden), self._batches(self._wanted), strict=True))
+        for index, pair in enumerate(pairs):
             hidden, wanted = (part.to(self._device) for part in pair)
             with quick_products(self._quick):
                 x, meant = block.read_by(group, hidden), original.read_by(group, wanted)
@@ -117,7 +124,12 @@ class FollowedStream(Stream):
                 # Without the first token: in many models its hidden state is a thousand times the others' size, and
                 # would be all that is seen. Norms hide that from what Linears read.
                 hidden_drift.add((wanted - hidden)[:, 1:].flatten(0, 1), x[:, 1:].flatten(0, 1))
-            told((index + 1) / len(batches))
+                with quick_products(self._quick):
+                    pair[1].copy_(original.written_by(group, wanted, meant))
+            if keep:
+                self._kept.append(x.cpu())
+            told((index + 1) / len(pairs))
+        self._measured = hidden_drift is not None
         return Inputs(linears, hessian.result(), drift.result(), hidden_drift.result() if hidden_drift else None)
 
     def advance(self, block: DecoderBlock, original: DecoderBlock, told: Told) -> None:
@@ -128,10 +140,30 @@ class FollowedStream(Stream):
         self._halves_done = 0
 
     def _advance_half(self, half: int, block: DecoderBlock, original: DecoderBlock, told: Told) -> None:
-        for place, (hidden, of) in enumerate(((self._hidden, block), (self._wanted, original))):
-            with quick_products(self._quick):
-                self._run(hidden, (of.attention_half, of.mlp_half)[half], _part(told, place, 2))
+        kept, self._kept = iter(self._kept), []
+
+        def write(x: Tensor) -> Tensor:
+            read = next(kept, None)
+            if read is None:
+                return (block.attention_half, block.mlp_half)[half](x)
+            return block.written_by(_ADDED[half], x, read.to(self._device))
+
+        runs = [(self._hidden, write)]
+        if not self._measured:
+            runs.append((self._wanted, (original.attention_half, original.mlp_half)[half]))
+        with quick_products(self._quick):
+            for place, (hidden, step) in enumerate(runs):
+                self._run(hidden, step, _part(told, place, len(runs)))
+        self._measured = False
         self._halves_done = half + 1
+
+    def _room_for(self, cols: int) -> bool:
+        """Whether what a half's last Linear reads, `cols` features, may be kept until that Linear is replaced.
+
+        Everything that makes it stays what it is until then: without room it is computed a second time.
+        """
+        need = self._hidden[..., 0].numel() * cols * self._hidden.element_size()
+        return bool(need <= _KEPT_SHARE * psutil.virtual_memory().available)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import torch
 from convert.hf_models import VOCAB, save_model
 from torch import Tensor
 
+from billm_convert import streams
 from billm_convert.block import DecoderBlock, Rotary, embed, input_groups
 from billm_convert.source import ModelSource, open_model
 from billm_convert.streams import FollowedStream, Stream
@@ -52,9 +53,13 @@ def test_the_papers_stream_reads_the_original_block(family: str, tmp_path: Path,
     assert told[-1] == 1
 
 
+@pytest.mark.parametrize("room", [0.25, 0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_followed_stream_reads_what_is_replaced_so_far(family: str, tmp_path: Path, seed: int) -> None:
+def test_the_followed_stream_reads_what_is_replaced_so_far(
+    family: str, room: float, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over two blocks: the second one's drift is what the first one's replaced Linears made."""
+    monkeypatch.setattr(streams, "_KEPT_SHARE", room)
     source, hidden, rotary = _begin(tmp_path, family, seed)
     generator = torch.Generator().manual_seed(seed)
     stream = FollowedStream(source.config, hidden.clone(), 2, CPU)
