@@ -258,12 +258,14 @@ class Conversion:
 
     def _sample(self, windows: int, seqlen: int, seed: int) -> NDArray[np.int64]:
         """Let the full-precision model write int64 [windows, seqlen]."""
-        from billm_convert.sampling import sample_windows
+        from billm_convert.sampling import chat_form, sample_windows
 
         def told(done: int, total: int) -> None:
             self._progress(Event("sampling", done, total))
 
-        tokens: NDArray[np.int64] = sample_windows(self.source, windows, seqlen, seed, self.device, told).numpy()
+        form = chat_form(self.tokenizer.load(self.config))
+        self.say(f"the model writes {'plain text' if form is None else 'conversations'} to learn from")
+        tokens: NDArray[np.int64] = sample_windows(self.source, form, windows, seqlen, seed, self.device, told).numpy()
         return tokens
 
     @torch.inference_mode()

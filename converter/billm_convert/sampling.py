@@ -1,9 +1,15 @@
 """`--calib self`: text that the full-precision model writes, for machines with no other text at hand.
 
+A model with a chat template writes conversations, both sides of them: the template alone, with nothing in it, makes an
+instruction-tuned model ask what it was trained to be asked (Xu et al., 2024, "Magpie", arXiv 2406.08464). Any other
+model writes plain text.
+
 The whole model is in memory here, in float32: the one part of a conversion whose memory grows with the model.
 """
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import psutil
@@ -13,31 +19,73 @@ from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
 
 from billm_convert.block import DecoderBlock, KeyValues, Rotary, embed, finish
 from billm_convert.source import ModelSource
-from billm_format.errors import DoesNotFitError
+from billm_format.errors import DoesNotFitError, UsageError
+from billm_rt.tokenizer import Tokenizer
 
-_BATCH = 32  # windows written at once: reading the weights once serves them all
+_BATCH = 96  # most windows written at once: reading the weights once serves them all
+
+# Tokens after which a turn ends although the model would go on.
+_LONGEST_QUESTION, _LONGEST_ANSWER = 96, 384
+# Questions are drawn as the model has them, so that no two are alike; answers as somebody who chats would draw them.
+_QUESTION_TEMPERATURE, _ANSWER_TEMPERATURE = 1.0, 0.7
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """What a chat template puts around the turns of a conversation, as tokens."""
+
+    opening: tuple[int, ...]  # before the first question
+    answer: tuple[int, ...]  # between a question and its answer
+    question: tuple[int, ...]  # between an answer and the next question
+    ends: frozenset[int]  # tokens with which a model ends a turn
+
+
+def chat_form(tokenizer: Tokenizer) -> ChatForm | None:
+    """Return the form of the model's conversations; None where it has no template, or one that cannot be cut up."""
+    if not tokenizer.has_chat_template:
+        return None
+    marks = "QqZ0", "QqZ1", "QqZ2"
+    turns = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)]
+    try:
+        text = tokenizer.render_chat(turns, add_generation_prompt=False)
+        asked = tokenizer.render_chat(turns[:1], add_generation_prompt=True)
+    except UsageError:
+        return None
+    if [text.count(mark) for mark in marks] != [1, 1, 1] or asked.count(marks[0]) != 1:
+        return None
+    before, after = text.split(marks[1])
+    pieces = before.split(marks[0])[0], asked.split(marks[0])[1], after.split(marks[2])[0]
+    opening, answer, question = (tuple(tokenizer.encode(piece, add_bos=False, special=True)) for piece in pieces)
+    if not (opening and answer and question):
+        return None
+    # A separator's first token ends a turn if it is no text (<|im_end|>), not if it is some ("[" of "[/INST]").
+    first = {piece[0] for piece in (answer, question) if not tokenizer.decode(piece[:1])}
+    return ChatForm(opening, answer, question, frozenset(first | set(tokenizer.eos_token_ids)))
 
 
 def sample_windows(
     source: ModelSource,
+    form: ChatForm | None,
     nsamples: int,
     seqlen: int,
     seed: int,
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> Tensor:
-    """Return int64 [nsamples, seqlen] sampled at temperature 1; `progress` gets (tokens done, tokens in all).
+    """Return int64 [nsamples, seqlen] that the model wrote; `progress` gets (tokens done, tokens in all).
 
-    A window begins with the model's beginning-of-text token, where it has one, and a random token: an instruction-tuned
-    model left to itself says the same things again and again. DoesNotFitError where the model does not fit in memory.
+    With a `form` every window is a conversation. Without, it is text sampled at temperature 1 that begins with the
+    model's beginning-of-text token, where it has one, and a random token: left to itself a model says the same things
+    again and again. DoesNotFitError where the model does not fit in memory, with a window beside it.
     """
-    _check_memory(source, min(nsamples, _BATCH), seqlen, device)
+    at_once = min(nsamples, _BATCH, _room(source, seqlen, device))
     model = _Model(source, seqlen, device)
-    generator = torch.Generator().manual_seed(seed)
+    # One number for every token, so that what is written does not depend on how many windows are written at once.
+    numbers = torch.rand(nsamples, seqlen, generator=torch.Generator().manual_seed(seed))
     done: list[Tensor] = []
-    for start in range(0, nsamples, _BATCH):
-        report = partial(_add_progress, progress, start * seqlen, nsamples * seqlen)
-        done.append(_sample(model, min(_BATCH, nsamples - start), seqlen, generator, report))
+    for batch in torch.split(numbers, at_once):
+        report = partial(_add_progress, progress, len(done) * at_once * seqlen, nsamples * seqlen)
+        done.append(_sample(model, form, batch, report))
     return torch.cat(done)
 
 
@@ -71,31 +119,79 @@ class _Model:
         return F.linear(finish(self.config, self.tables, x[:, -1]), self.head).cpu()
 
 
-def _sample(
-    model: _Model, batch: int, seqlen: int, generator: torch.Generator, progress: Callable[[int], None]
-) -> Tensor:
+class _Conversation:
+    """One window of turns, token by token: what a template wants takes the place of what the model would write."""
+
+    def __init__(self, form: ChatForm) -> None:
+        self._form = form
+        self._wanted = deque(form.opening)
+        self._asking = True
+        self._left = _LONGEST_QUESTION
+
+    def next(self, drawn: int) -> int:
+        """Return the next token, the model having drawn `drawn`."""
+        if not self._wanted and (drawn in self._form.ends or self._left == 0):
+            self._wanted.extend(self._form.answer if self._asking else self._form.question)
+            self._asking = not self._asking
+            self._left = _LONGEST_QUESTION if self._asking else _LONGEST_ANSWER
+        if self._wanted:
+            return self._wanted.popleft()
+        self._left -= 1
+        return drawn
+
+    @property
+    def temperature(self) -> float:
+        """At which the next token is to be drawn."""
+        return _QUESTION_TEMPERATURE if self._asking else _ANSWER_TEMPERATURE
+
+
+def _sample(model: _Model, form: ChatForm | None, numbers: Tensor, progress: Callable[[int], None]) -> Tensor:
+    """Write a window for each row of `numbers` float32 [batch, seqlen], uniform in [0, 1)."""
     config = model.config
-    tokens = torch.randint(config.vocab_size, (batch, 1), generator=generator)
-    if config.bos_token_id is not None and seqlen > 1:
-        tokens = torch.cat((torch.full((batch, 1), config.bos_token_id), tokens), dim=1)
+    batch, seqlen = numbers.shape
+    conversations = [] if form is None else [_Conversation(form) for _ in range(batch)]
+    if conversations:
+        tokens = torch.tensor([[conversation.next(-1)] for conversation in conversations])
+    else:
+        tokens = (numbers[:, :1] * config.vocab_size).long()
+        if config.bos_token_id is not None and seqlen > 1:
+            tokens = torch.cat((torch.full((batch, 1), config.bos_token_id), tokens), dim=1)
     past = [KeyValues(seqlen) for _ in range(config.num_hidden_layers)]
     fed = 0
     while tokens.shape[1] < seqlen:
         logits = model.next_logits(tokens[:, fed:], fed, past)
         fed = tokens.shape[1]
-        drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        if conversations:
+            logits /= torch.tensor([[conversation.temperature] for conversation in conversations])
+        drawn = _draw(logits, numbers[:, fed : fed + 1])
+        for row, conversation in enumerate(conversations):
+            drawn[row, 0] = conversation.next(int(drawn[row, 0]))
         tokens = torch.cat((tokens, drawn), dim=1)
         progress(batch * tokens.shape[1])
     return tokens
 
 
-def _check_memory(source: ModelSource, batch: int, seqlen: int, device: torch.device) -> None:
+def _draw(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Return int64 [batch, 1] drawn from softmax(logits [batch, vocab]) by `numbers` [batch, 1], uniform in [0, 1).
+
+    By inverting the distribution function: torch.multinomial draws a number for every entry of the vocabulary, a tenth
+    of the time of a step.
+    """
+    reached = logits.softmax(dim=-1).cumsum_(dim=-1)
+    return torch.searchsorted(reached, numbers * reached[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
+
+
+def _room(source: ModelSource, seqlen: int, device: torch.device) -> int:
+    """Return for how many windows there is room beside the weights; DoesNotFitError where there is none for one."""
     config = source.config
     weights = 4 * sum(torch.Size(source.shape(name)).numel() for name in source.names() if name != "rope.inv_freq")
-    cache = 2 * 4 * config.num_hidden_layers * batch * seqlen * config.key_value_size
+    window = 2 * 4 * config.num_hidden_layers * seqlen * config.key_value_size
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if weights + cache > free:
+    if weights + window > free:
         raise DoesNotFitError(
-            f"--calib self needs the whole model in memory: {weights / 1e9:.1f} GB of weights + {cache / 1e9:.1f} GB "
-            f"of keys and values, {free / 1e9:.1f} GB are free; give a text instead (--calib pydoc needs none at hand)"
+            f"--calib self needs the whole model in memory: {weights / 1e9:.1f} GB of weights + {window / 1e9:.1f} GB "
+            f"of a window's keys and values, {free / 1e9:.1f} GB are free; give a text instead (--calib pydoc needs "
+            "none at hand)"
         )
+    # Half of what is left: logits and what they are drawn by want some, and other programs too.
+    return max(1, int((free - weights) / 2 // window))
