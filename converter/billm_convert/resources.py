@@ -71,8 +71,8 @@ def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int, factor: int)
     kept = 16 * config.hidden_size + 8 * config.intermediate_size  # values of a token in a block, for the gradient
     of_blocks = min(effort.windows, effort.block_steps * effort.step_windows)
     return {
-        "weights": 4 * 4 * weights * effort.codes,  # latent, gradient, two moments
-        "products": (1 + effort.codes) * factor * weights,  # what they read, and its gradient
+        "weights": 0 if whole else 4 * 4 * weights,  # latent, gradient, two moments
+        "products": (1 if whole else 2) * factor * weights,  # what they read, and its gradient
         "activations": factor * seqlen * (1 if whole else effort.step_windows) * layers * kept,
         "heads": 2 * factor * config.vocab_size * config.embedding_size * whole,
         # Of full precision, and a copy in 16 bits of its last; those that tuned blocks read, and their targets.
@@ -113,10 +113,8 @@ def _compare_memory(parts: dict[str, int], free: int, what: str, advice: str) ->
 
 
 def tuning_disk(plan: dict[str, int]) -> int:
-    """Return the bytes on disk that training by the plan of `tuning_memory` takes: its state twice, and the text."""
-    state = plan["weights"] * 3 // 4  # latents and their moments; a new state is written beside the old one
-    hints = plan["weights"] // 8  # latents of tuned blocks in 16 bits
-    return 2 * state + hints + plan["hidden_states"]
+    """Return the bytes on disk that training by the plan of `tuning_memory` takes: next to the text little counts."""
+    return plan["hidden_states"]
 
 
 def check_disk(out: Path, config: ModelConfig, quantization: Quantization, there: int, training: int = 0) -> None:

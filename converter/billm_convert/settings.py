@@ -30,22 +30,21 @@ CPU_CALIBRATION = (32, 1024)
 
 @dataclass(frozen=True)
 class Effort:
-    """How long the recipe "tuned" trains, and what."""
+    """How long the recipe "tuned" trains, and what: everything in a block, then vectors alone in the whole model."""
 
     windows: int  # of TUNING_TOKENS tokens
     block_steps: int  # for each block, against the full-precision block
     model_steps: int  # of the whole model, against the full-precision logits
     step_windows: int = 4  # windows in a step
-    codes: bool = True  # of weights and scales; else multipliers, column scales, norms and biases alone are trained
 
 
 # Windows of 256 cost less; on them a run gained less at 2,048 tokens than at 512, see README.md.
 TUNING_TOKENS = 512
 EFFORTS = {
     "blocks": Effort(windows=400, block_steps=150, model_steps=0),  # one block in memory at a time
-    "fast": Effort(windows=160, block_steps=0, model_steps=80, step_windows=2, codes=False),
-    "normal": Effort(windows=1000, block_steps=0, model_steps=500, step_windows=2, codes=False),
-    "max": Effort(windows=2000, block_steps=0, model_steps=1200),
+    "fast": Effort(windows=80, block_steps=0, model_steps=80, step_windows=2),
+    "normal": Effort(windows=320, block_steps=0, model_steps=320, step_windows=2),
+    "max": Effort(windows=2000, block_steps=0, model_steps=2000, step_windows=2),
 }
 
 

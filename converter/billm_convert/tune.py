@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,13 +33,9 @@ from billm_format.errors import UsageError
 
 # Measured on SmolLM2-135M. Block 14, held-out error after 50 steps, 0.1005 before: 0.0936 with latents kept, 0.0887
 # with latents at 4 and 0.0912 at 8; from the levels instead of the original weights 0.0911; with torch's own epsilon in
-# AdamW 0.0897. Trained all together, weights that begin at a border flip by noise: at a rate of 1, and 0.25 steps off,
-# the KL rises from 1.0 to 17.
+# AdamW 0.0897.
 BLOCK_RATES = Rates(latents=4.0, codes=0.4, vectors=2e-3)
-MODEL_RATES = Rates(latents=0.3, codes=0.3, vectors=3e-3)
-
-# Steps that latents begin off the borders between codes in the whole model's training: noise alone shall not flip them.
-_MODEL_CLEAR = 2.0
+MODEL_RATES = Rates(vectors=3e-3)
 _SAVE_EVERY = 20  # steps of the whole model between two savings of its state
 _TELL_EVERY = 5
 
@@ -87,7 +82,6 @@ class Tuning:
             "block_steps": self._effort.block_steps,
             "model_steps": self._effort.model_steps,
             "step_windows": self._effort.step_windows,
-            "codes": self._effort.codes,
             **text.describe(),
             "block_errors": [self._work.block_record(i, "tuned") for i in range(self._work.finished_blocks("tuned"))],
         }
@@ -100,7 +94,7 @@ class Tuning:
         else:
             blocks = self._blocks()
         for layer, block in enumerate(blocks):
-            self._work.save_block(layer, block_tensors(layer, replace(block, hints={})), None, "final")
+            self._work.save_block(layer, block_tensors(layer, block), None, "final")
         self._work.save_block(layers, final_norm, record, "final")
         return record
 
@@ -113,12 +107,7 @@ class Tuning:
     def _load(self, layer: int, kind: Kind) -> BlockStart:
         names = self._work.block_names(layer, kind)
         tensors = {name: self._work.block_tensor(layer, name, kind) for name in names}
-        start = block_start(self._config, self._quantization, layer, tensors)
-        if start.hints or not self._effort.codes:
-            return start
-        weights = self._source.layer(layer)
-        hints = {name: in_steps(weights[f"{name}.weight"], linear) for name, linear in start.linears.items()}
-        return replace(start, hints=hints)
+        return block_start(self._config, self._quantization, layer, tensors)
 
     # --- block by block ----------------------------------------------------------------------------------------------
 
@@ -139,11 +128,10 @@ class Tuning:
             self._advance(QuickBlock(self._config, weights, self._rotary(text), self._products), wanted)
             told = ""
             if hidden is not None:
-                block = self._trainable(text, self._load(layer, "tuned" if layer < finished else "block"))
+                block = self._trainable(text, layer, "tuned" if layer < finished else "block")
                 if layer >= finished:
                     block, errors = self._tune_block(text, layer, block, hidden, wanted[trained])
-                    tensors = block_tensors(layer, replace(block.result(), hints=block.hints()))
-                    self._work.save_block(layer, tensors, errors, "tuned")
+                    self._work.save_block(layer, block_tensors(layer, block.result()), errors, "tuned")
                     told = f"error {errors[0]:.4f} -> {errors[1]:.4f}"
                 self._advance(block, hidden)
             self._progress(Event("tuning blocks" if trained else "targets", layer + 1, layers, told))
@@ -156,8 +144,11 @@ class Tuning:
         read = self._effort.block_steps * self._effort.step_windows
         return [*range(min(text.training, read)), *text.held_out] if read else []
 
-    def _trainable(self, text: TuningText, start: BlockStart) -> TunedBlock:
-        return TunedBlock(self._config, start, self._rotary(text), self._device, self._products)
+    def _trainable(self, text: TuningText, layer: int, kind: Kind) -> TunedBlock:
+        """Return a block of which everything can be trained; latents begin near the original weights."""
+        start, weights = self._load(layer, kind), self._source.layer(layer)
+        hints = {name: in_steps(weights[f"{name}.weight"], linear) for name, linear in start.linears.items()}
+        return TunedBlock(self._config, start, self._rotary(text), self._device, self._products, hints)
 
     def _tune_block(
         self, text: TuningText, layer: int, block: TunedBlock, hidden: Tensor, wanted: Tensor
@@ -180,7 +171,7 @@ class Tuning:
         _check_finite(after, f"block {layer}")
         if after < before:
             return block, [before, after]
-        return self._trainable(text, self._load(layer, "block")), [before, before]
+        return self._trainable(text, layer, "block"), [before, before]
 
     def _advance(self, block: DecoderBlock, hidden: Tensor) -> None:
         for windows in torch.split(hidden, self._effort.step_windows):
@@ -233,15 +224,12 @@ class Tuning:
     # --- the whole model ---------------------------------------------------------------------------------------------
 
     def _run_model(self, text: TuningText, wanted: NDArray[np.float16]) -> tuple[TunedModel, dict[str, float]]:
-        """Train everything at once towards `wanted`, as `_run_blocks` returned it; return the model and its losses.
+        """Train all vectors at once towards `wanted`, as `_run_blocks` returned it; return the model and its losses.
 
         The state is saved every few steps, and taken up where it was saved last.
         """
         tables, rotary = self._tables(stored=True), self._rotary(text)
-        codes = self._effort.codes
-        model = TunedModel(
-            self._config, self._blocks(), tables, rotary, self._device, self._products, _MODEL_CLEAR, codes=codes
-        )
+        model = TunedModel(self._config, self._blocks(), tables, rotary, self._device, self._products)
         inputs = self._first_inputs(text, stored=True)
         heads = self._head(stored=True), self._head(stored=False)
 

@@ -1,7 +1,7 @@
 """A decoder block, and a whole model, that can be trained in the form in which the file holds them."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from billm_convert.block import DecoderBlock, KeyValues, Rotary, finish, input_groups
-from billm_convert.tune_linear import CLEAR, ScaledLinear, TunedLinear, Vector
+from billm_convert.tune_linear import ScaledLinear, TunedLinear, Vector
 from billm_format.config import ModelConfig, Quantization
 from billm_format.packing import PackedLinear
 
 Float32 = NDArray[np.float32]
 
 _PARTS = ("sign", "second", "salient", "scales", "row_scale", "col_scale", "bias")
-_LATENT = "latent"  # of a block between its two trainings; no file has it
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class BlockStart:
 
     linears: Mapping[str, PackedLinear]
     norms: Mapping[str, Float32]
-    hints: Mapping[str, Tensor] = field(default_factory=dict)  # where latents begin, by Linear: `TunedLinear`
 
 
 def block_start(
@@ -39,16 +37,13 @@ def block_start(
         parts: dict[str, Any] = {part: tensors.get(f"{prefix}{linear}.{part}") for part in _PARTS}
         linears[linear] = PackedLinear(rows, cols, quantization.block_of(f"{prefix}{linear}"), **parts)
     norms = {name.removeprefix(prefix): value for name, value in tensors.items() if "norm." in name}
-    names = {linear: f"{prefix}{linear}.{_LATENT}" for linear in linears}
-    hints = {linear: torch.from_numpy(tensors[name]) for linear, name in names.items() if name in tensors}
-    return BlockStart(linears, norms, hints)
+    return BlockStart(linears, norms)
 
 
 def block_tensors(layer: int, block: BlockStart) -> dict[str, NDArray[Any]]:
-    """Return a layer's tensors under their names in the file, and hints beside them."""
+    """Return a layer's tensors under their names in the file."""
     prefix = f"layers.{layer}."
     out: dict[str, NDArray[Any]] = {f"{prefix}{name}": value for name, value in block.norms.items()}
-    out |= {f"{prefix}{linear}.{_LATENT}": hint.numpy() for linear, hint in block.hints.items()}
     for linear, packed in block.linears.items():
         for part in _PARTS:
             value = getattr(packed, part)
@@ -61,9 +56,9 @@ def block_tensors(layer: int, block: BlockStart) -> dict[str, NDArray[Any]]:
 class Rates:
     """Learning rates of the three kinds of numbers, each in its own unit."""
 
-    latents: float  # in steps: a row's largest scale starts at about 240
-    codes: float  # in steps as well
     vectors: float  # relative: row multipliers, column scales, norms, biases
+    latents: float = 0.0  # in steps: a row's largest scale starts at about 120
+    codes: float = 0.0  # in steps as well
 
 
 class QuickBlock(DecoderBlock):
@@ -95,7 +90,7 @@ class QuickBlock(DecoderBlock):
 
 
 class TunedBlock(QuickBlock):
-    """One decoder layer whose Linears and norms can be trained."""
+    """One decoder layer that can be trained: everything in it (`TunedLinear`), or vectors alone (`ScaledLinear`)."""
 
     def __init__(
         self,
@@ -103,12 +98,13 @@ class TunedBlock(QuickBlock):
         start: BlockStart,
         rotary: Rotary | None,
         device: torch.device,
-        products: torch.dtype = torch.float32,
-        clear: float = CLEAR,
-        *,
-        codes: bool = True,
+        products: torch.dtype,
+        hints: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Begin exactly at `start`; `products` and `clear` are for `TunedLinear`. Without `codes`: `ScaledLinear`s."""
+        """Begin exactly at `start`; `products` and the `hints`, by Linear, are for `TunedLinear`.
+
+        Without hints vectors alone are trained.
+        """
         super().__init__(config, {}, rotary, products)
         self.norms = {name: norm_vector(name, value, device) for name, value in start.norms.items()}
         self.linears: dict[str, TunedLinear | ScaledLinear] = {}
@@ -119,10 +115,10 @@ class TunedBlock(QuickBlock):
                 self._col_scales.append(shared)
             for name in names:
                 linear = start.linears[name]
-                if codes:
-                    self.linears[name] = TunedLinear(linear, shared, device, products, start.hints.get(name), clear)
-                else:
+                if hints is None:
                     self.linears[name] = ScaledLinear(linear, shared, device, products)
+                else:
+                    self.linears[name] = TunedLinear(linear, shared, device, products, hints.get(name))
 
     def forward(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
         """Run x [batch, tokens, hidden] through the block as the file will hold it."""
@@ -170,11 +166,6 @@ class TunedBlock(QuickBlock):
             {name: vector().cpu().numpy() for name, vector in self.norms.items()},
         )
 
-    @torch.no_grad()
-    def hints(self) -> dict[str, Tensor]:
-        """Return the latents by Linear, float16 on the CPU."""
-        return {name: linear.latent.detach().half().cpu() for name, linear in self._coded()}
-
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend causally, scores written out.
@@ -191,7 +182,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class TunedModel:
-    """All blocks and the final norm; embedding, head and other tables stay as they are."""
+    """All blocks' vectors and the final norm; planes, scale codes, embeddings, head and other tables stay."""
 
     def __init__(
         self,
@@ -200,15 +191,12 @@ class TunedModel:
         tables: Mapping[str, Tensor],
         rotary: Rotary | None,
         device: torch.device,
-        products: torch.dtype = torch.float32,
-        clear: float = CLEAR,
-        *,
-        codes: bool = True,
+        products: torch.dtype,
     ) -> None:
         """Begin exactly at `starts`; `tables` are what `finish` wants, the final norm's start among them."""
         self._config = config
         self._tables = tables
-        self.blocks = [TunedBlock(config, start, rotary, device, products, clear, codes=codes) for start in starts]
+        self.blocks = [TunedBlock(config, start, rotary, device, products) for start in starts]
         self._final = {
             name: norm_vector(name, value.cpu().numpy(), device)
             for name, value in tables.items()

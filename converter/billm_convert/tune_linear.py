@@ -95,13 +95,12 @@ class TunedLinear:
         device: torch.device,
         products: torch.dtype = torch.float32,
         hint: Tensor | None = None,
-        clear: float = CLEAR,
     ) -> None:
         """Begin at `start`, exactly: before any step, `pack` returns it byte for byte.
 
         `col_scale` [cols] is an object of its own because Linears that read the same input share it. `products` is the
         dtype that factors of matrix products have. Latents begin as near to `hint` float [rows, cols] as the start's
-        codes allow, `clear` steps off the borders between them; without a hint, at the levels themselves.
+        codes allow, CLEAR steps off the borders between them; without a hint, at the levels themselves.
         """
         self._start = start
         self.col_scale = col_scale
@@ -114,20 +113,20 @@ class TunedLinear:
         self._swapped = alpha_s < alpha_c
         self.mid = nn.Parameter(torch.cat(((alpha_c + alpha_s) / 2, alpha_o), dim=1))
         self.half = nn.Parameter(torch.cat(((alpha_s - alpha_c).abs() / 2, alpha_r), dim=1))
-        self.latent = nn.Parameter(self._first_latents(hint, clear, device))
+        self.latent = nn.Parameter(self._first_latents(hint, device))
         self.weight = nn.Parameter(torch.empty(start.rows, start.cols, dtype=products, device=device))
         self.refresh()
 
-    def _first_latents(self, hint: Tensor | None, clear: float, device: torch.device) -> Tensor:
+    def _first_latents(self, hint: Tensor | None, device: torch.device) -> Tensor:
         """Return the hint, or the start's levels, moved into what is nearest to the level of each weight's code."""
         positive, second, salient = self._start_bits(device)
         larger = torch.where(salient, second == positive, second ^ self._spread(self._swapped))
         middle, half = self.mid.detach() @ self._places, self.half.detach() @ self._places
         sign = torch.where(positive, 1.0, -1.0)
         magnitude = torch.where(larger, middle + half, middle - half) if hint is None else sign * hint.to(middle)
-        margin = (middle / 2).clamp(max=clear)
+        margin = (middle / 2).clamp(max=CLEAR)
         within = magnitude.clamp(margin, middle - margin)
-        beyond = magnitude.maximum(middle + clear)
+        beyond = magnitude.maximum(middle + CLEAR)
         return torch.copysign(torch.where(larger, beyond, within), sign)
 
     def _start_bits(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

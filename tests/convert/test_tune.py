@@ -67,18 +67,17 @@ def test_begins_at_the_start_to_the_byte(
         config, names = start.config, [name for name in start.tensors if name.startswith("layers.0.")]
         tensors = {name: start.array(name) for name in names}
         first = block_start(config, start.quantization, 0, tensors)
-        trained = block_tensors(0, TunedBlock(config, first, None, torch.device("cpu")).result())
-        assert {name: value.tobytes() for name, value in trained.items()} == {
-            name: value.tobytes() for name, value in tensors.items()
-        }
+        wanted = {name: value.tobytes() for name, value in tensors.items()}
+        for hints in (None, {}):  # vectors alone, everything
+            block = TunedBlock(config, first, None, torch.device("cpu"), torch.float32, hints)
+            assert {name: value.tobytes() for name, value in block_tensors(0, block.result()).items()} == wanted
 
 
 @pytest.mark.parametrize("family", ["opt-350m", "llama-biased"])
-def test_vectors_alone_bring_a_model_nearer_and_leave_planes_and_scales(
+def test_the_whole_models_training_leaves_planes_and_scales(
     family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    effort = Effort(windows=256, block_steps=0, model_steps=40, codes=False)
-    options = small(tmp_path, family, seed, monkeypatch, effort)
+    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=256, block_steps=0, model_steps=40))
     report = convert(tmp_path / "model", tmp_path / "tuned.billm", options)
     assert report.tuning is not None
     assert report.tuning["kl_after"] < report.tuning["kl_before"]
@@ -165,7 +164,7 @@ def test_a_training_that_fails_says_so(tmp_path: Path, seed: int, monkeypatch: p
     from billm_convert import tune
 
     options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=4, block_steps=0, model_steps=9))
-    monkeypatch.setattr(tune, "MODEL_RATES", Rates(latents=1, codes=1, vectors=math.inf))
+    monkeypatch.setattr(tune, "MODEL_RATES", Rates(vectors=math.inf))
     with pytest.raises(UsageError, match="training failed at step 1: the loss is not finite"):
         convert(tmp_path / "model", tmp_path / "out.billm", options)
     assert not (tmp_path / "out.billm").exists()

@@ -215,4 +215,4 @@ def test_a_column_scale_is_shared_or_refused(rng: np.random.Generator, tmp_path:
     config = open_model(tmp_path).config
     linears = {name: random_linear(rng, rows, cols, 32) for name, (rows, cols, _) in config.linears().items()}
     with pytest.raises(ValueError, match="one column scale for all"):
-        TunedBlock(config, BlockStart(linears, {}), None, CPU)
+        TunedBlock(config, BlockStart(linears, {}), None, CPU, torch.float32)
