@@ -207,6 +207,7 @@ def test_the_file_is_the_same_with_and_without(tmp_path: Path, seed: int) -> Non
     assert (tmp_path / "plain.billm").read_bytes() == (tmp_path / "drawn.billm").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_conversion_draws_the_same_pictures(tmp_path: Path, seed: int) -> None:
     folder, settings = small(tmp_path, "llama", seed)
     convert(folder, tmp_path / "whole.billm", dataclasses.replace(settings, report=tmp_path / "whole"))
@@ -300,6 +301,7 @@ def small_files(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("sketched")
 def test_a_full_disk_leaves_no_half_of_it(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from billm_convert import page as pages
