@@ -25,7 +25,7 @@ import billm_rt
 from billm_convert import ConvertSettings, Event, convert
 from billm_convert.baselines import BASELINES, BaselineSettings
 from billm_convert.baselines.model import fake_quantize
-from billm_convert.calibration import choose_text, draw_windows
+from billm_convert.calibration import choose_texts, draw_all, draw_windows
 from billm_convert.resources import peak_bytes
 from billm_convert.settings import ABLATIONS, RECIPES
 from billm_convert.source import ModelSource, open_model
@@ -262,8 +262,12 @@ class Bench:
     def _calibration(self) -> Any:
         """The windows that a conversion with these settings draws."""
         args = self._args
-        text, _ = choose_text(args.calib)
-        return draw_windows(text, self._tokenizer, args.nsamples, args.calib_seqlen, args.seed)
+        chosen, _ = choose_texts(args.calib)
+        return draw_all(
+            chosen,
+            args.nsamples,
+            lambda text, share: draw_windows(text, self._tokenizer, share, args.calib_seqlen, args.seed),
+        )
 
     def _watch(self, key: str) -> Any:
         def show(event: Event) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ DEFAULT = "wikitext2"
 # Where the default is not at hand. Held-out output error on C4 of SmolLM2-135M's Linears, calibrated on 16 x 512 tokens
 # of C4 0.065, of the model's own text 0.069, of WikiText-2 0.071, of pydoc (far quicker to have) 0.089.
 FALLBACK = SELF
+
+_SEPARATOR = ","  # between texts
 
 # Sets of independent documents: a window never crosses from one into the next. The others are joined.
 _DOCUMENT_SETS = ("c4", "openwebtext")
@@ -42,18 +46,41 @@ class CalibrationText:
         return None if self.text is None else self.text.sha256
 
 
-def choose_text(calib: str | None) -> tuple[CalibrationText, str | None]:
-    """Load the text that `calib` names; for None the default or, where it is not at hand, the fallback and a note."""
-    if calib == SELF:
-        return CalibrationText(SELF, None), None
+Chosen = tuple[CalibrationText, ...]  # in equal shares
+
+
+def choose_texts(calib: str | None) -> tuple[Chosen, str | None]:
+    """Load the texts that `calib` names; for None the default or, where it is not at hand, the fallback and a note.
+
+    Several have commas between them, unless a file has that very name.
+    """
     if calib is not None:
-        return CalibrationText(calib, texts.load(calib, "train")), None
+        choices = [calib] if Path(calib).exists() else calib.split(_SEPARATOR)
+        if "" in choices:
+            raise UsageError(f"--calib: wanted texts with a comma between them, found {calib!r}")
+        return tuple(_load(choice) for choice in choices), None
     try:
-        return CalibrationText(DEFAULT, texts.load(DEFAULT, "train")), None
+        return (_load(DEFAULT),), None
     except UsageError as error:
         chosen = CalibrationText(FALLBACK, None)
         note = f"calibrating on {chosen.name} (--calib pydoc is quicker, and worse), because {error}"
-        return chosen, note
+        return (chosen,), note
+
+
+def _load(choice: str) -> CalibrationText:
+    return CalibrationText(choice, None if choice == SELF else texts.load(choice, "train"))
+
+
+def shares(windows: int, chosen: Chosen) -> list[int]:
+    """Return how many of `windows` come from each text: as many from each, the first ones making up for a rest."""
+    whole, rest = divmod(windows, len(chosen))
+    return [whole + (place < rest) for place in range(len(chosen))]
+
+
+def draw_all(chosen: Chosen, windows: int, draw: Callable[[CalibrationText, int], Tokens]) -> Tokens:
+    """Return int64 [windows, seqlen]: every text's share as `draw` has it, one text after the other."""
+    parts = zip(chosen, shares(windows, chosen), strict=True)
+    return np.concatenate([draw(text, share) for text, share in parts if share])
 
 
 def draw_windows(chosen: CalibrationText, tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int) -> Tokens:
@@ -100,11 +127,12 @@ def _from_documents(text: texts.Text, tokenizer: Tokenizer, nsamples: int, seqle
     return np.stack(picked)
 
 
-def describe(chosen: CalibrationText, tokens: Tokens, seed: int) -> dict[str, Any]:
+def describe(chosen: Chosen, tokens: Tokens, seed: int) -> dict[str, Any]:
     """Return what the conversion record says about the calibration."""
+    digests = [text.sha256 for text in chosen]
     return {
-        "name": chosen.name,
-        "sha256": chosen.sha256,
+        "name": " + ".join(text.name for text in chosen),
+        "sha256": " + ".join(digest or "-" for digest in digests) if any(digests) else None,
         "nsamples": tokens.shape[0],
         "seqlen": tokens.shape[1],
         "tokens": int(tokens.size),

@@ -100,7 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--calib",
         metavar="TEXT",
-        help="wikitext2, ptb, c4, pydoc, self (written by the model itself), or a .txt or .jsonl file",
+        help="wikitext2, ptb, c4, openwebtext, pydoc, self (written by the model itself), or a .txt or .jsonl file; "
+        "several, in equal shares, with a comma between them",
     )
     data.add_argument(
         "--nsamples",
@@ -194,7 +195,11 @@ def parser_name() -> str:
 
 def _how_to_resume(out: Path) -> str:
     work = out.with_name(out.name + ".work")
-    return f"; finished blocks are kept in {work}: run the same command with --resume to go on" if work.exists() else ""
+    if not work.exists():
+        return ""
+    if any(work.glob("block-*")):
+        return f"; finished blocks are kept in {work}: run the same command with --resume to go on"
+    return " before the first block was finished; run the same command with --resume to begin again"
 
 
 def _judge(check: CheckReport, bound: float | None) -> None:

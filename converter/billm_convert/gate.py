@@ -4,7 +4,8 @@ Protocol, scoring and tokens are `billm_rt`'s, so that `billm-ppl` gives the sam
 in another way here: through the converter's own blocks, one in memory at a time, whatever the model's size.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +29,16 @@ COLLAPSE_RATIO = 10.0
 _CHARACTERS_PER_TOKEN = 16  # far more than any tokenizer's mean on prose: enough text, and not all of it
 
 
-def held_out_text(calib: str) -> texts.Text:
-    """Return text of the kind of the calibration text `calib` that calibration never sees, else pydoc's unseen fifth.
+def held_out_text(choices: Sequence[str]) -> texts.Text:
+    """Return text of the kind of the first calibration text of which there is more, else pydoc's unseen fifth.
 
-    Raises UsageError when there is neither.
+    Calibration never sees it. Raises UsageError when there is neither.
     """
-    if calib in texts.NAMES:
-        try:
-            return texts.load(calib, "test")
-        except UsageError:  # openwebtext has no such split, or only the training split is at hand
-            pass
+    for choice in choices:
+        if choice in texts.NAMES:
+            # openwebtext has no such split, of others only the training split may be at hand.
+            with contextlib.suppress(UsageError):
+                return texts.load(choice, "test")
     return texts.load("pydoc", "test")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from billm_convert import budget, gate, illustrate, resources
 from billm_convert.block import DecoderBlock, Rotary, embed
-from billm_convert.calibration import choose_text, describe, draw_windows
+from billm_convert.calibration import CalibrationText, choose_texts, describe, draw_all, draw_windows, shares
 from billm_convert.embedding import to_float16
 from billm_convert.figures import LinearFigures, linear_figures, save_figures
 from billm_convert.head_moment import solve_tables, stored_table
@@ -89,7 +89,7 @@ class Conversion:
         self.tokenizer: TokenizerFiles = self.source.tokenizer()
         if self.tokenizer.chat_template is None:
             self.say("the model has no chat template: billm-chat will use a plain one")
-        self.text, note = choose_text(settings.calib)
+        self.texts, note = choose_texts(settings.calib)
         if note:
             self.say(note)
         self.held_out = self._held_out_text()
@@ -143,7 +143,7 @@ class Conversion:
             if self.settings.embedding_bits == 4:
                 solve_tables(self.source, tokens, work, self.device)
             self._run_blocks(work, tokens, resumed)
-            record = {**self.record(), "calibration": describe(self.text, tokens, self.settings.seed)}
+            record = {**self.record(), "calibration": describe(self.texts, tokens, self.settings.seed)}
             if self.settings.recipe == TUNED:
                 record["tuning"] = self._tune(work)
             size = self._assemble(work, record)
@@ -202,7 +202,7 @@ class Conversion:
         return {
             "model files": files,
             "model": self.source.identity(),
-            "calibration text": [self.text.name, self.text.sha256],
+            "calibration text": [[text.name, text.sha256] for text in self.texts],
             "program": resources.code_digest(),
             "device": str(self.device),
             "--threads": torch.get_num_threads(),
@@ -221,7 +221,7 @@ class Conversion:
             "max_salient": settings.max_salient,
             "damp": settings.dampening,
             "max_level": MAX_LEVEL[settings.recipe],
-            "calib": Path(self.text.choice).name,
+            "calib": ",".join(Path(text.choice).name for text in self.texts),
             "nsamples": self.nsamples,
             "seqlen": self.seqlen,
             "seed": settings.seed,
@@ -246,15 +246,17 @@ class Conversion:
         tokens = work.tokens()
         if tokens is not None:
             return tokens
-        if self.text.choice == SELF:
-            tokens = self._sample(self.nsamples, self.seqlen, self.settings.seed)
-        else:
-            tokenizer = self.tokenizer.load(self.config)
-            tokens = draw_windows(self.text, tokenizer, self.nsamples, self.seqlen, self.settings.seed)
+        tokens = draw_all(self.texts, self.nsamples, self._windows)
         if int(tokens.max()) >= self.config.vocab_size:
             raise UsageError(f"the tokenizer gives token {tokens.max()}, the model knows {self.config.vocab_size} only")
         work.save_tokens(tokens)
         return tokens
+
+    def _windows(self, text: CalibrationText, windows: int) -> NDArray[np.int64]:
+        """Return int64 [windows, seqlen] of one text."""
+        if text.choice == SELF:
+            return self._sample(windows, self.seqlen, self.settings.seed)
+        return draw_windows(text, self.tokenizer.load(self.config), windows, self.seqlen, self.settings.seed)
 
     def _sample(self, windows: int, seqlen: int, seed: int) -> NDArray[np.int64]:
         """Let the full-precision model write int64 [windows, seqlen]."""
@@ -365,12 +367,21 @@ class Conversion:
         return tuning.run(self._tuning_text)
 
     def _tuning_text(self, windows: int) -> TuningText:
-        """Draw the text to train on from where the calibration's came from."""
+        """Draw the text to train on from where the calibration's came from, in the same shares."""
+        parts = zip(self.texts, shares(windows, self.texts), shares(HELD_OUT, self.texts), strict=True)
+        drawn = [self._tuning_windows(text, training, held_out) for text, training, held_out in parts]
+        return TuningText(np.concatenate([part for pair in zip(*drawn, strict=True) for part in pair]))
+
+    def _tuning_windows(
+        self, text: CalibrationText, training: int, held_out: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return windows of one text to train on, and others to judge by."""
         seqlen = self._tuning_seqlen()
         seed = self.settings.seed + 1  # the calibration's windows again would teach less
-        if self.text.choice == SELF:
-            return TuningText(self._sample(windows + HELD_OUT, seqlen, seed))
-        return draw_text(self.text, self.tokenizer.load(self.config), windows, seqlen, seed)
+        if text.choice == SELF:
+            drawn = self._sample(training + held_out, seqlen, seed)
+            return drawn[:training], drawn[training:]
+        return draw_text(text, self.tokenizer.load(self.config), training, held_out, seqlen, seed)
 
     def _tuning_seqlen(self) -> int:
         return min(TUNING_TOKENS, self.seqlen)
@@ -419,7 +430,7 @@ class Conversion:
         if not self.settings.check:
             return None
         try:
-            return gate.held_out_text(self.text.choice)
+            return gate.held_out_text([text.choice for text in self.texts])
         except UsageError as error:
             if self.settings.max_ppl_ratio is not None:
                 raise

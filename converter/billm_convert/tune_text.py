@@ -42,15 +42,16 @@ class TuningText:
         }
 
 
-def draw_text(chosen: CalibrationText, tokenizer: Tokenizer, windows: int, seqlen: int, seed: int) -> TuningText:
-    """Draw `windows` windows of `seqlen` tokens to train on, and the others from a part of the text of their own.
+def draw_text(
+    chosen: CalibrationText, tokenizer: Tokenizer, training: int, held_out: int, seqlen: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw windows to train on, int64 [training, seqlen], and [held_out, seqlen] from a part of the text of their own.
 
     Raises UsageError with the numbers when the text is too short.
     """
     rng = random.Random(seed)
-    training, held_out = _split(chosen)
-    parts = [_cut(training, tokenizer, windows, seqlen, rng), _cut(held_out, tokenizer, HELD_OUT, seqlen, rng)]
-    return TuningText(np.concatenate(parts))
+    beginning, end = _split(chosen)
+    return _cut(beginning, tokenizer, training, seqlen, rng), _cut(end, tokenizer, held_out, seqlen, rng)
 
 
 def _cut(text: Text, tokenizer: Tokenizer, windows: int, seqlen: int, rng: random.Random) -> NDArray[np.int64]:

@@ -134,10 +134,11 @@ def test_held_out_text_is_of_the_same_kind_and_never_the_calibrations(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BILLM_DATA", str(data_dir))
-    assert gate.held_out_text("wikitext2").name == "WikiText-2 test"
-    assert gate.held_out_text("c4").name.startswith("C4 validation")
+    assert gate.held_out_text(["wikitext2"]).name == "WikiText-2 test"
+    assert gate.held_out_text(["c4", "wikitext2"]).name.startswith("C4 validation")
+    assert gate.held_out_text(["openwebtext", "self", "c4"]).name.startswith("C4 validation")
     for choice in ("pydoc", "openwebtext", "self", "some/notes.txt"):
-        assert "unseen fifth" in gate.held_out_text(choice).name
+        assert "unseen fifth" in gate.held_out_text([choice]).name
 
 
 def test_without_any_text_the_conversion_goes_on_unless_a_bound_was_given(

@@ -391,11 +391,18 @@ def test_command_killed_at_random_moments_then_resumed(tmp_path: Path, seed: int
     kill_and_resume(tmp_path, random.Random(seed), 20, start, pace=3.0)
 
 
-def test_ctrl_c_says_how_to_resume(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("moment", "calib", "said"),
+    [
+        ("block 2/", None, "interrupted; finished blocks are kept in"),
+        ("the model writes", "self", "interrupted before the first block was finished; run"),
+    ],
+)
+def test_ctrl_c_says_how_to_resume(moment: str, calib: str | None, said: str, tmp_path: Path, seed: int) -> None:
     folder, settings = small(tmp_path, "llama", seed, num_hidden_layers=30)
     out = tmp_path / "out.billm"
     read, write = os.pipe()
-    argv = [str(folder), str(out), "--calib", str(settings.calib), "--nsamples", "3", "--seqlen", "24"]
+    argv = [str(folder), str(out), "--calib", calib or str(settings.calib), "--nsamples", "3", "--seqlen", "24"]
 
     def start() -> int:
         # A test run in the background inherits Ctrl-C as ignored; a person's shell would not.
@@ -406,12 +413,12 @@ def test_ctrl_c_says_how_to_resume(tmp_path: Path, seed: int) -> None:
     os.close(write)
     with os.fdopen(read) as stderr:
         for line in stderr:
-            if line.startswith("block 2/"):
+            if line.startswith(moment):
                 os.kill(child, signal.SIGINT)
                 break
         rest = stderr.read()
     assert status(child) == 130
-    assert "interrupted; finished blocks are kept in" in rest
+    assert said in rest
     assert "--resume" in rest
     assert "Traceback" not in rest
     assert not out.exists()

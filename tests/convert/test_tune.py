@@ -104,6 +104,21 @@ def test_blocks_alone_are_trained_one_at_a_time(tmp_path: Path, seed: int, monke
     assert f"a block {before:.4f} -> {after:.4f}" in tuning_line(report.tuning)
 
 
+def test_texts_are_mixed_in_equal_shares(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both what a solver reads and what is trained on."""
+    options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=5, block_steps=0, model_steps=2))
+    convert(tmp_path / "model", tmp_path / "one.billm", options)
+    mixed = dataclasses.replace(options, calib=f"{options.calib},self")
+    report = convert(tmp_path / "model", tmp_path / "two.billm", mixed)
+    assert report.calibration["name"] == "text.txt + text sampled from the full-precision model"
+    assert report.settings["calib"] == "text.txt,self"
+    assert report.calibration["tokens"] == SIZES["nsamples"] * SIZES["seqlen"]
+    assert report.tuning is not None
+    assert report.tuning["windows"] == 5
+    with BillmFile.open(tmp_path / "one.billm") as one, BillmFile.open(tmp_path / "two.billm") as two:
+        assert one.checksums != two.checksums
+
+
 @pytest.mark.parametrize("family", ["llama-biased", "opt"])
 def test_resume_gives_the_same_bytes(family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from billm_convert import tune

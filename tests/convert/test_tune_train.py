@@ -10,10 +10,10 @@ from convert.hf_models import save_model, write_text
 from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
 
 from billm_convert.block import attend
-from billm_convert.calibration import CalibrationText, choose_text
+from billm_convert.calibration import CalibrationText, choose_texts
 from billm_convert.source import open_model
 from billm_convert.tune_block import plain_attention
-from billm_convert.tune_text import HELD_OUT, draw_text
+from billm_convert.tune_text import draw_text
 from billm_convert.tune_train import logit_distance, product_dtype, rate_factor
 from billm_format.errors import UsageError
 from billm_rt.texts import Text
@@ -69,38 +69,38 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 def test_held_out_windows_are_of_other_documents(tokenizer: Tokenizer, seed: int) -> None:
     documents = tuple(("cat " if i < 38 else "mat ") * 40 for i in range(40))
-    text = draw_text(CalibrationText("t.jsonl", Text("t", documents, " ")), tokenizer, 30, 24, seed)
-    words = [tokenizer.decode(window) for window in text.tokens.tolist()]
-    assert text.tokens.shape == (30 + HELD_OUT, 24)
-    assert list(text.held_out) == list(range(30, 30 + HELD_OUT))
-    assert all("mat" not in window for window in words[: text.training])
-    assert all("cat" not in window for window in words[text.training :])
+    training, held_out = draw_text(CalibrationText("t.jsonl", Text("t", documents, " ")), tokenizer, 30, 8, 24, seed)
+    assert training.shape == (30, 24)
+    assert held_out.shape == (8, 24)
+    assert all("mat" not in tokenizer.decode(window) for window in training.tolist())
+    assert all("cat" not in tokenizer.decode(window) for window in held_out.tolist())
 
 
 def test_one_long_file_is_cut_before_its_end(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
     path = write_text(tmp_path / "t.txt", seed)
     whole = path.read_text(encoding="utf-8")
-    text = draw_text(choose_text(str(path))[0], tokenizer, 60, 24, seed)
+    (chosen,), _ = choose_texts(str(path))
     cut = round(0.95 * len(whole))
-    for number, window in enumerate(text.tokens.tolist()):
-        words = tokenizer.decode(window[1:-1]).strip("\N{REPLACEMENT CHARACTER}")  # a cut may fall within a letter
-        assert words in (whole[cut:] if number in text.held_out else whole[:cut])
+    for windows, part in zip(draw_text(chosen, tokenizer, 60, 8, 24, seed), (whole[:cut], whole[cut:]), strict=True):
+        for window in windows.tolist():
+            words = tokenizer.decode(window[1:-1]).strip("\N{REPLACEMENT CHARACTER}")  # a cut may fall within a letter
+            assert words in part
 
 
 def test_no_document_is_read_twice_before_all_have_been(tokenizer: Tokenizer, seed: int) -> None:
     documents = tuple(chr(ord("a") + i % 26) * (20 + i) for i in range(40))
     chosen = CalibrationText("t.jsonl", Text("t", documents, " "))
     count = sum(len(tokenizer.encode(document + " ")) for document in documents[:38]) // 24
-    once = draw_text(chosen, tokenizer, count, 24, seed).tokens[:count]
+    once, _ = draw_text(chosen, tokenizer, count, 2, 24, seed)
     encoded = [token for document in documents[:38] for token in tokenizer.encode(document + " ")]
     left = Counter(encoded) - Counter(once.flatten().tolist())
     assert once.size + left.total() == len(encoded)
-    again = draw_text(chosen, tokenizer, 2 * count, 24, seed).tokens
+    again, _ = draw_text(chosen, tokenizer, 2 * count, 2, 24, seed)
     assert (again[:count] == once).all()
-    assert (again[count : 2 * count] != once).any()
+    assert (again[count:] != once).any()
 
 
 def test_a_text_too_short_to_tune_on_is_refused(tokenizer: Tokenizer) -> None:
     chosen = CalibrationText("t.txt", Text("t", ("cat " * 30,), ""))
     with pytest.raises(UsageError, match=r"too short to tune on in windows of 900; give --seqlen"):
-        draw_text(chosen, tokenizer, 3, 900, 0)
+        draw_text(chosen, tokenizer, 3, 8, 900, 0)
