@@ -17,7 +17,7 @@ from billm_format.config import ModelConfig
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear, Table
 from billm_format.reader import BillmFile
-from billm_rt.cache import KVCache
+from billm_rt.cache import CacheBatch, KVCache, Texts
 from billm_rt.sampling import Logits
 
 T = TypeVar("T")
@@ -51,8 +51,8 @@ class Layer:
 class FusedLayers(Protocol):
     """All decoder layers behind one call."""
 
-    def run(self, x: Any, cache: KVCache, rotary: tuple[Any, Any] | None) -> None:
-        """Replace x [tokens, hidden_size] by the last layer's output and write the cache, without committing.
+    def run(self, x: Any, texts: Texts, rotary: tuple[Any, Any] | None) -> None:
+        """Replace x [tokens, hidden_size] by the last layer's output and write the caches, without committing.
 
         `rotary` is what `Backend.rotary_table` returned for these tokens, or None where positions were learned.
         """
@@ -63,7 +63,7 @@ class FusedLayers(Protocol):
 class FusedHead(Protocol):
     """Fused layers that also know the last norm and the head."""
 
-    def run_to_logits(self, x: Any, cache: KVCache, rotary: tuple[Any, Any] | None, *, every: bool) -> Array:
+    def run_to_logits(self, x: Any, texts: Texts, rotary: tuple[Any, Any] | None, *, every: bool) -> Array:
         """As `FusedLayers.run`; return the logits float32 [tokens or 1, vocab_size] of every token or of the last."""
         ...
 
@@ -128,6 +128,14 @@ class Backend(Protocol):
         """Return an empty cache for up to `ctx` tokens, kept as this back end likes it."""
         ...
 
+    def gather(self, caches: Sequence[KVCache]) -> CacheBatch:
+        """Return two or more caches as a batch."""
+        ...
+
+    def require_room(self, config: ModelConfig, caches: Sequence[KVCache], lengths: Sequence[int]) -> None:
+        """Raise DoesNotFitError if the caches cannot all grow to their `lengths` in tokens."""
+        ...
+
     def load_tensor(self, array: NDArray[Any]) -> Any:
         """Return a small tensor (a norm's weight, a bias) as float32."""
         ...
@@ -155,9 +163,9 @@ class Backend(Protocol):
         kind: str,
         token_ids: NDArray[np.int64],
         positions: NDArray[np.int64],
-        cache: KVCache,
+        texts: Texts,
     ) -> T:
-        """Return step(token_ids, positions) for tokens that go behind those in the cache, ids and positions as `embed`
+        """Return step(token_ids, positions) for tokens that go behind those in `texts`, ids and positions as `embed`
         takes them. Steps of one `kind` are the same work but for these: a device may do what it recorded of an earlier.
         """
         ...
@@ -194,8 +202,8 @@ class Backend(Protocol):
         """Return (x - mean(x)) / std(x) * weight + bias over the last axis."""
         ...
 
-    def rotary_table(self, start: int, count: int, inv_freq: Any, scale: float) -> tuple[Any, Any]:
-        """Return cos and sin of positions start..start + count, float32 [count, 1, head_dim / 2], for the layers."""
+    def rotary_table(self, positions: NDArray[np.int64], inv_freq: Any, scale: float) -> tuple[Any, Any]:
+        """Return cos and sin of the positions, float32 [positions, 1, head_dim / 2], for the layers."""
         ...
 
 

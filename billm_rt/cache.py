@@ -45,6 +45,11 @@ class KVCache:
         return len(self.tokens)
 
     @property
+    def caches(self) -> "tuple[KVCache, ...]":
+        """The cache alone, as a `CacheBatch` has several."""
+        return (self,)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated now; pages never written to take no memory yet."""
         return sum(layer.nbytes for layer in self._layers)
@@ -85,6 +90,20 @@ class KVCache:
         [2, heads, capacity]. `commit` makes what was written count.
         """
         return tuple(layer.room_for(len(self), len(self) + count) for layer in self._layers)
+
+
+class CacheBatch:
+    """Caches of several texts, of which a token each is read at a time; made by `Model.gather`."""
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        """Raise ValueError unless there are two or more, all different."""
+        if len({id(cache) for cache in caches}) < max(2, len(caches)):
+            raise ValueError(f"caches: wanted two or more, all different, found {len(caches)}")
+        self.caches = tuple(caches)
+
+
+# What tokens are read behind: all behind one cache, or one behind each.
+Texts = KVCache | CacheBatch
 
 
 class _Layer:

@@ -12,9 +12,9 @@ from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear, Table
 from billm_format.reader import BillmFile
 from billm_rt.backend import FusedLayers, Layer, Norm
-from billm_rt.cache import KVCache
+from billm_rt.cache import CacheBatch, KVCache, Texts
 from billm_rt.cuda import launch, memory
-from billm_rt.cuda.cache import DeviceCache
+from billm_rt.cuda.cache import DeviceBatch, DeviceCache
 from billm_rt.cuda.device import Device
 from billm_rt.cuda.layers import DeviceLayers, add, normalize
 from billm_rt.cuda.linear import LinearGroup
@@ -74,6 +74,15 @@ class CudaBackend:
         self._longest = max(self._longest, ctx)
         return DeviceCache(config, ctx, self._device, self._kv_bits, self.chunk)
 
+    def gather(self, caches: Sequence[KVCache]) -> CacheBatch:
+        """Return the caches as a batch whose steps are recorded together."""
+        return DeviceBatch(self._device, _ours(caches))
+
+    def require_room(self, config: ModelConfig, caches: Sequence[KVCache], lengths: Sequence[int]) -> None:
+        """Raise DoesNotFitError unless the device has memory for all caches at their `lengths` in tokens."""
+        per_token = memory.cache_bytes(config, self._kv_bits)
+        memory.require_caches(_ours(caches), lengths, per_token, self._device.free_bytes(), self.device)
+
     def load_tensor(self, array: NDArray[Any]) -> Any:
         """Return a small tensor as float32 on the device."""
         return self._device.upload(array.astype(np.float32, copy=False))
@@ -107,12 +116,12 @@ class CudaBackend:
         kind: str,
         token_ids: NDArray[np.int64],
         positions: NDArray[np.int64],
-        cache: KVCache,
+        texts: Texts,
     ) -> T:
         """Take the step, or replay what was recorded of one like it."""
-        if not isinstance(cache, DeviceCache):
-            raise TypeError(f"cache: wanted one that Model.new_cache made, found {type(cache).__name__}")
-        result: T = cache.run(step, kind, token_ids, positions)
+        if not isinstance(texts, DeviceCache | DeviceBatch):
+            raise TypeError(f"caches: wanted those that Model.new_cache made, found {type(texts).__name__}")
+        result: T = texts.run(step, kind, token_ids, positions)
         return result
 
     def embed(self, rows: Any, table: DeviceTable) -> Any:
@@ -178,14 +187,23 @@ class CudaBackend:
         """Return (x - mean(x)) / std(x) * weight + bias over the last axis."""
         return normalize(self._device, x, Norm(weight, bias), eps, keep=True)
 
-    def rotary_table(self, start: int, count: int, inv_freq: Any, scale: float) -> tuple[Any, Any]:
+    def rotary_table(self, positions: NDArray[np.int64], inv_freq: Any, scale: float) -> tuple[Any, Any]:
         """Return cos and sin, float32 [positions, head_dim / 2], of positions from 0 on.
 
         Of all that the caches may come to hold: a step that is replayed has the table that it was recorded with.
         """
-        if self._rotary is None or self._rotary[0].shape[0] < start + count:
-            positions = max(self._longest, start + count)
-            angles = rotary_table(0, positions, self._device.download(inv_freq), scale)
+        needed = int(positions.max()) + 1
+        if self._rotary is None or self._rotary[0].shape[0] < needed:
+            all_positions = np.arange(max(self._longest, needed))
+            angles = rotary_table(all_positions, self._device.download(inv_freq), scale)
             cos, sin = (self._device.upload(part[:, 0]) for part in angles)
             self._rotary = cos, sin
         return self._rotary
+
+
+def _ours(caches: Sequence[KVCache]) -> list[DeviceCache]:
+    """Return the caches; TypeError unless all lie on a device."""
+    ours = [cache for cache in caches if isinstance(cache, DeviceCache)]
+    if len(ours) < len(caches):
+        raise TypeError("caches: wanted those that Model.new_cache made")
+    return ours

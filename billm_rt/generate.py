@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from billm_format.errors import DoesNotFitError, UsageError
@@ -64,66 +64,145 @@ def generate(
     may part where two tokens tie.) The cache may end with guesses that failed.
     Raises UsageError on bad arguments, DoesNotFitError on a prompt that exceeds the context length.
     """
+    if lookup < 0:
+        raise UsageError(f"--lookup {lookup}: wanted 0 (off) or more")
+    cache = model.new_cache() if cache is None else cache
+    ids = _checked(model, prompt, max_tokens, stop, cache)
+    reader = _Reader(model, cache, lookup, longest=len(ids) + max_tokens - 1)
+    answer = _Answer(model, ids, max_tokens, Sampler(sampling), stop, cache.ctx)
+    return _stream(answer, reader)
+
+
+def generate_batch(
+    model: "Model",
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+) -> Iterator[tuple[int, Chunk]]:
+    """Check the arguments now and return the stream of (number of the prompt, chunk) that continues all `prompts`.
+
+    Prompts are read one after the other; from then on a token of every unfinished text is read at a time, which reads
+    the weights once for all of them. Each continuation is what `generate` gives for its prompt alone, with `seed` +
+    number of the prompt where there is a seed (in NumPy and on a GPU up to rounding, as with `lookup`).
+    Raises as `generate` does, and DoesNotFitError where a GPU has no room for all the caches.
+    """
+    caches = [model.new_cache() for _ in prompts]
+    texts = [_checked(model, prompt, max_tokens, stop, cache) for prompt, cache in zip(prompts, caches, strict=True)]
+    wanted = [min(len(ids) + max_tokens, cache.ctx) for ids, cache in zip(texts, caches, strict=True)]
+    model.require_room(caches, wanted)
+    answers = []
+    for number, (ids, cache) in enumerate(zip(texts, caches, strict=True)):
+        own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)
+        answers.append(_Answer(model, ids, max_tokens, Sampler(own), stop, cache.ctx))
+    return _stream_batch(model, answers, caches)
+
+
+def _checked(
+    model: "Model", prompt: str | Sequence[int], max_tokens: int, stop: Sequence[str], cache: KVCache
+) -> list[int]:
+    """Return the prompt's tokens."""
     ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
     if not ids:
         raise UsageError("the prompt is empty: give at least one word")
     if max_tokens < 0:
         raise UsageError(f"--max-tokens {max_tokens}: wanted 0 or more")
-    if lookup < 0:
-        raise UsageError(f"--lookup {lookup}: wanted 0 (off) or more")
     if "" in stop:
         raise UsageError("an empty stop string would stop at once: leave it out")
-    cache = model.new_cache() if cache is None else cache
     if len(ids) > cache.ctx:
         raise DoesNotFitError(
             f"the prompt has {len(ids)} tokens, the context length is {cache.ctx} "
             f"(the model knows up to {model.config.max_position_embeddings}): shorten the prompt or raise --ctx"
         )
-    reader = _Reader(model, cache, lookup, longest=len(ids) + max_tokens - 1)
-    return _stream(model, ids, max_tokens, Sampler(sampling), tuple(stop), reader)
+    return ids
 
 
-def _stream(
-    model: "Model", ids: list[int], max_tokens: int, sampler: Sampler, stop: tuple[str, ...], reader: "_Reader"
-) -> Iterator[Chunk]:
+def _stream(answer: "_Answer", reader: "_Reader") -> Iterator[Chunk]:
     begun = time.perf_counter()
-    logits, reused = reader.read_prompt(ids)
-    prompt_read = time.perf_counter()
-
-    text, held = model.tokenizer.stream(), HeldBack(stop)
-    history, eos = list(ids), set(model.tokenizer.eos_token_ids)
-
-    def stats() -> GenerationStats:
-        spent = time.perf_counter() - prompt_read
-        said = len(history) - len(ids)
-        return GenerationStats(len(ids), reused, prompt_read - begun, said, spent, reader.proposed, reader.accepted)
-
-    if max_tokens == 0:
-        yield Chunk("", None, "length", stats())
+    logits, reused = reader.read_prompt(answer.text)
+    answer.prompt_is_read(reused, time.perf_counter() - begun)
+    if answer.max_tokens == 0:
+        yield answer.nothing()
         return
     while True:
-        token = sampler.sample(logits, history)
-        history.append(token)
-        reason: FinishReason | None = None
-        if token in eos:
-            piece, reason = text.flush(), "eos"
+        chunk = answer.add(logits, reader.proposed, reader.accepted)
+        yield chunk
+        if chunk.finish_reason is not None:
+            return
+        logits = reader.next_logits(answer.text)
+
+
+def _stream_batch(model: "Model", answers: list["_Answer"], caches: list[KVCache]) -> Iterator[tuple[int, Chunk]]:
+    unfinished = []
+    for number, answer in enumerate(answers):
+        begun = time.perf_counter()
+        logits = model.rows(answer.text, caches[number])[0]
+        answer.prompt_is_read(0, time.perf_counter() - begun)
+        # Before the next prompt is read: then these logits are gone.
+        chunk = answer.nothing() if answer.max_tokens == 0 else answer.add(logits)
+        yield number, chunk
+        if chunk.finish_reason is None:
+            unfinished.append(number)
+    batch = None  # of the unfinished ones
+    while unfinished:
+        last = [answers[number].text[-1] for number in unfinished]
+        if len(unfinished) == 1:
+            rows = model.rows(last, caches[unfinished[0]])
         else:
-            piece = text.step(token)
-            if len(history) - len(ids) == max_tokens:
+            batch = batch or model.gather([caches[number] for number in unfinished])
+            rows = model.rows_each(last, batch)
+        chunks = [(number, answers[number].add(row)) for number, row in zip(unfinished, rows, strict=True)]
+        finished = {number for number, chunk in chunks if chunk.finish_reason is not None}
+        if finished:
+            unfinished, batch = [number for number in unfinished if number not in finished], None
+        yield from chunks
+
+
+class _Answer:
+    """One text that grows: draws its tokens, turns them into letters, and says when it ends."""
+
+    def __init__(
+        self, model: "Model", prompt: list[int], max_tokens: int, sampler: Sampler, stop: Sequence[str], ctx: int
+    ) -> None:
+        self.text, self.max_tokens = list(prompt), max_tokens
+        self._prompt_tokens, self._ctx, self._sampler = len(prompt), ctx, sampler
+        self._letters, self._held = model.tokenizer.stream(), HeldBack(stop)
+        self._eos = set(model.tokenizer.eos_token_ids)
+        self._reused, self._prompt_seconds, self._began = 0, 0.0, 0.0
+
+    def prompt_is_read(self, reused: int, seconds: float) -> None:
+        """Note what the prompt took: from now on time goes to the answer."""
+        self._reused, self._prompt_seconds, self._began = reused, seconds, time.perf_counter()
+
+    def nothing(self) -> Chunk:
+        """Return the only chunk of an answer without tokens."""
+        return Chunk("", None, "length", self._stats(0, 0))
+
+    def add(self, logits: Logits, proposed: int = 0, accepted: int = 0) -> Chunk:
+        """Draw the next token; the numbers of guesses so far are for the stats of the last one."""
+        token = self._sampler.sample(logits, self.text)
+        self.text.append(token)
+        reason: FinishReason | None = None
+        if token in self._eos:
+            piece, reason = self._letters.flush(), "eos"
+        else:
+            piece = self._letters.step(token)
+            if len(self.text) - self._prompt_tokens == self.max_tokens:
                 reason = "length"
-            elif len(history) > reader.ctx:
+            elif len(self.text) > self._ctx:
                 reason = "context"
-            piece += text.flush() if reason else ""
-        piece, stopped = held.add(piece)
+            piece += self._letters.flush() if reason else ""
+        piece, stopped = self._held.add(piece)
         if stopped:
             reason = "stop"
         elif reason:
-            piece += held.flush()
-        if reason:
-            yield Chunk(piece, token, reason, stats())
-            return
-        yield Chunk(piece, token)
-        logits = reader.next_logits(history)
+            piece += self._held.flush()
+        return Chunk(piece, token, reason, self._stats(proposed, accepted) if reason else None)
+
+    def _stats(self, proposed: int, accepted: int) -> GenerationStats:
+        spent, said = time.perf_counter() - self._began, len(self.text) - self._prompt_tokens
+        return GenerationStats(self._prompt_tokens, self._reused, self._prompt_seconds, said, spent, proposed, accepted)
 
 
 class _Reader:

@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from billm_format.errors import UsageError
 from billm_format.reader import BillmFile
 from billm_rt.backend import Array, Backend, FusedHead, FusedLayers, Layer, LayerOps, Norm, choose
-from billm_rt.cache import KVCache
-from billm_rt.generate import Chunk, generate
+from billm_rt.cache import CacheBatch, KVCache, Texts
+from billm_rt.generate import Chunk, generate, generate_batch
 from billm_rt.memory import memory_report
 from billm_rt.sampling import Logits, Sampling
 from billm_rt.tokenizer import Tokenizer
@@ -76,6 +76,14 @@ class Model:
         self._caches.add(cache)
         return cache
 
+    def gather(self, caches: Sequence[KVCache]) -> CacheBatch:
+        """Return two or more caches of this model, all different, as a batch for `rows_each`."""
+        return self.backend.gather(caches)
+
+    def require_room(self, caches: Sequence[KVCache], lengths: Sequence[int]) -> None:
+        """Raise DoesNotFitError where a GPU has no room for the caches to grow to their `lengths` in tokens."""
+        self.backend.require_room(self.config, caches, lengths)
+
     def forward(
         self, token_ids: ArrayLike, cache: KVCache, *, logits: Literal["last", "all", "none"] = "last"
     ) -> Array | None:
@@ -95,6 +103,15 @@ class Model:
         Those of few tokens are valid until the model reads on.
         """
         return [row for head in self._heads(token_ids, cache, logits) for row in self.backend.rows(head)]
+
+    def rows_each(self, token_ids: ArrayLike, batch: CacheBatch) -> list[Logits]:
+        """Read one token behind each cache of a batch, all at once; return the logits behind each, as `rows` does."""
+        ids = self._checked(token_ids)
+        if ids.size != len(batch.caches):
+            raise UsageError(f"token ids: wanted one for each of {len(batch.caches)} texts, found {ids.size}")
+        for cache in batch.caches:
+            cache.require(1)
+        return list(self.backend.rows(self._read(ids, batch, "all")))
 
     def _heads(self, token_ids: ArrayLike, cache: KVCache, logits: Literal["last", "all", "none"]) -> Iterator[Any]:
         """Read the tokens in chunks and yield what the back end has for logits, each to be used before the next."""
@@ -126,6 +143,17 @@ class Model:
         sampling = sampling or Sampling()
         return generate(self, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, cache=cache, lookup=lookup)
 
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Stream the continuations of several prompts at once; see `billm_rt.generate.generate_batch`."""
+        return generate_batch(self, prompts, max_tokens=max_tokens, sampling=sampling or Sampling(), stop=stop)
+
     def memory(self) -> dict[str, int]:
         """Return bytes: the file's parts as mapped, live KV caches, what the process holds, `device.<kind>`."""
         device = {f"device.{kind}": size for kind, size in self.device_memory().items()}
@@ -152,47 +180,52 @@ class Model:
 
     # ---- the decoder, top to bottom
 
-    def _read(self, ids: NDArray[np.int64], cache: KVCache, logits: Literal["last", "all", "none"]) -> Any:
+    def _read(self, ids: NDArray[np.int64], texts: Texts, logits: Literal["last", "all", "none"]) -> Any:
         """Run one chunk through the model, count it as held, and return what the back end has for logits."""
-        positions = np.arange(len(cache), len(cache) + ids.size)
+        caches = texts.caches
+        if len(caches) > 1:
+            places = np.array([len(cache) for cache in caches])
+        else:
+            places = np.arange(len(caches[0]), len(caches[0]) + ids.size)
 
         def step(ids: Any, positions: Any) -> Any:
-            x, table = self._input(ids, positions, len(cache))
+            x, table = self._input(ids, positions, places)
             if logits != "none" and self._fused_head is not None:
-                return self._fused_head.run_to_logits(x, cache, table, every=logits == "all")
+                return self._fused_head.run_to_logits(x, texts, table, every=logits == "all")
             if self._fused_layers is not None:
-                self._fused_layers.run(x, cache, table)
+                self._fused_layers.run(x, texts, table)
             elif not isinstance(self._runner, FusedLayers):
-                x = self._run_layers(x, self._runner, cache, table)
+                x = self._run_layers(x, self._runner, texts, table)
             return None if logits == "none" else self._logits(x if logits == "all" else x[-1:])
 
         # Overflow to infinity is part of the arithmetic (exp in SiLU); what it must not do is print.
         with np.errstate(all="ignore"):
-            head = self.backend.take_step(step, logits, ids, positions + self.config.position_offset, cache)
-        cache.commit(ids.tolist())
+            head = self.backend.take_step(step, logits, ids, places + self.config.position_offset, texts)
+        for cache, read in zip(caches, np.split(ids, len(caches)), strict=True):
+            cache.commit(read.tolist())
         return head
 
-    def _input(self, ids: Any, positions: Any, start: int) -> tuple[Array, tuple[Array, Array] | None]:
+    def _input(self, ids: Any, positions: Any, places: NDArray[np.int64]) -> tuple[Array, tuple[Array, Array] | None]:
         """Return what the first layer reads, [tokens, hidden_size], and the rotary table, if positions are rotary."""
         backend = self.backend
         x: Array = backend.embed(ids, self._embed_table)
         if self._project_in is not None:
             x = backend.dense(x, self._project_in)
         if self._inv_freq is not None:
-            return x, backend.rotary_table(start, x.shape[0], self._inv_freq, self.config.rope_scale)
+            return x, backend.rotary_table(places, self._inv_freq, self.config.rope_scale)
         return backend.add(x, backend.embed(positions, self._positions)), None
 
-    def _run_layers(self, x: Array, ops: LayerOps, cache: KVCache, table: tuple[Array, Array] | None) -> Array:
+    def _run_layers(self, x: Array, ops: LayerOps, texts: Texts, table: tuple[Array, Array] | None) -> Array:
         pre = self.config.norm_position == "pre"
         for index, layer in enumerate(self._layers):
-            x = x + self._attention(self._norm(x, layer.attn_norm) if pre else x, index, layer, ops, cache, table)
+            x = x + self._attention(self._norm(x, layer.attn_norm) if pre else x, index, layer, ops, texts, table)
             x = x if pre else self._norm(x, layer.attn_norm)
             x = x + self._mlp(self._norm(x, layer.mlp_norm) if pre else x, layer, ops)
             x = x if pre else self._norm(x, layer.mlp_norm)
         return x
 
     def _attention(
-        self, x: Array, index: int, layer: Layer, ops: LayerOps, cache: KVCache, table: tuple[Array, Array] | None
+        self, x: Array, index: int, layer: Layer, ops: LayerOps, texts: Texts, table: tuple[Array, Array] | None
     ) -> Array:
         config = self.config
         query, key, value = (y.reshape(x.shape[0], -1, config.head_dim) for y in ops.linears(x, layer.qkv))
@@ -201,9 +234,12 @@ class Model:
             key = ops.rms_norm(key, layer.k_norm, config.norm_eps)
         if table is not None:
             query, key = ops.rotate(query, table), ops.rotate(key, table)
-        cache.write(index, key, value)
-        mixed = ops.attention(query, cache, index, config.sliding_window)
-        return ops.linears(mixed, layer.o)[0]
+        mixed, count = [], x.shape[0] // len(texts.caches)
+        for place, cache in enumerate(texts.caches):
+            rows = slice(place * count, (place + 1) * count)
+            cache.write(index, key[rows], value[rows])
+            mixed.append(ops.attention(query[rows], cache, index, config.sliding_window))
+        return ops.linears(np.concatenate(mixed), layer.o)[0]
 
     def _mlp(self, x: Array, layer: Layer, ops: LayerOps) -> Array:
         first, *rest = ops.linears(x, layer.up)

@@ -13,7 +13,7 @@ from billm_format.config import ModelConfig
 from billm_format.packing import PackedLinear, Table
 from billm_format.reader import BillmFile
 from billm_rt.backend import Activation, Array, FusedLayers, Layer, LayerOps, Norm
-from billm_rt.cache import KVCache
+from billm_rt.cache import CacheBatch, KVCache, Texts
 
 T = TypeVar("T")
 
@@ -47,6 +47,13 @@ class ReferenceBackend:
         """Return an empty cache of `kv_type`."""
         return KVCache(config, ctx, self.kv_type)
 
+    def gather(self, caches: Sequence[KVCache]) -> CacheBatch:
+        """Return the caches as a batch."""
+        return CacheBatch(caches)
+
+    def require_room(self, config: ModelConfig, caches: Sequence[KVCache], lengths: Sequence[int]) -> None:
+        """Ask for nothing, as `require`."""
+
     def load_tensor(self, array: NDArray[Any]) -> Array:
         """Return the tensor as float32; a view where it already is."""
         return array.astype(np.float32, copy=False)
@@ -75,7 +82,7 @@ class ReferenceBackend:
         kind: str,
         token_ids: NDArray[np.int64],
         positions: NDArray[np.int64],
-        cache: KVCache,
+        texts: Texts,
     ) -> T:
         """Take the step."""
         return step(token_ids, positions)
@@ -127,9 +134,9 @@ class ReferenceBackend:
         out += bias
         return out
 
-    def rotary_table(self, start: int, count: int, inv_freq: Array, scale: float) -> tuple[Array, Array]:
-        """Return cos and sin of position * inv_freq, times `scale`, float32 [count, 1, head_dim / 2]."""
-        return rotary_table(start, count, inv_freq, scale)
+    def rotary_table(self, positions: NDArray[np.int64], inv_freq: Array, scale: float) -> tuple[Array, Array]:
+        """Return cos and sin of position * inv_freq, times `scale`, float32 [positions, 1, head_dim / 2]."""
+        return rotary_table(positions, inv_freq, scale)
 
     def rotate(self, x: Array, table: tuple[Array, Array]) -> Array:
         """Turn the pair (element i, element i + head_dim / 2) by the angle i of its position."""
@@ -168,10 +175,9 @@ class ReferenceBackend:
         return out.reshape(tokens, heads * width)
 
 
-def rotary_table(start: int, count: int, inv_freq: Array, scale: float) -> tuple[Array, Array]:
-    """Return cos and sin of position * inv_freq, times `scale`, float32 [count, 1, head_dim / 2]."""
-    positions = np.arange(start, start + count, dtype=np.float32)
-    angle = positions[:, None, None] * inv_freq
+def rotary_table(positions: NDArray[np.int64], inv_freq: Array, scale: float) -> tuple[Array, Array]:
+    """Return cos and sin of position * inv_freq, times `scale`, float32 [positions, 1, head_dim / 2]."""
+    angle = positions[:, None, None].astype(np.float32) * inv_freq
     return np.cos(angle) * np.float32(scale), np.sin(angle) * np.float32(scale)
 
 

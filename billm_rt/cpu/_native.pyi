@@ -52,7 +52,7 @@ class Decoder:
     def run(
         self,
         x: NDArray[np.float32],
-        start: int,
+        starts: tuple[int, ...],
         cos: NDArray[np.float32] | None,
         sin: NDArray[np.float32] | None,
         first: int,

@@ -1,5 +1,6 @@
 """All decoder layers in one native call: what `model.py` spells out, `src/decoder.c` does without the interpreter."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from billm_format.config import ModelConfig
 from billm_format.packing import Table
 from billm_rt import cpu
 from billm_rt.backend import Array, Layer, Norm
-from billm_rt.cache import KVCache
+from billm_rt.cache import Texts
 
 if TYPE_CHECKING:
     from billm_rt.cpu_backend import Shared
@@ -50,19 +51,22 @@ class NativeLayers:
         """Return whether the native library is there and knows heads this wide."""
         return cpu.available() and config.head_dim <= _MAX_HEAD_DIM
 
-    def run(self, x: Array, cache: KVCache, rotary: tuple[Array, Array] | None) -> None:
-        """Replace x float32 [tokens, hidden_size] by the last layer's output; write the cache, without committing."""
-        self._run(x, cache, rotary, None)
+    def run(self, x: Array, texts: Texts, rotary: tuple[Array, Array] | None) -> None:
+        """Replace x float32 [tokens, hidden_size] by the last layer's output; write the caches, without committing."""
+        self._run(x, texts, rotary, None)
 
-    def _run(self, x: Array, cache: KVCache, rotary: tuple[Array, Array] | None, logits: Array | None) -> None:
-        tokens = x.shape[0]
+    def _run(self, x: Array, texts: Texts, rotary: tuple[Array, Array] | None, logits: Array | None) -> None:
+        tokens, caches = x.shape[0], texts.caches
         cos, sin = (None, None) if rotary is None else (part.reshape(tokens, -1) for part in rotary)
-        caches = cache.room_for(tokens)
-        # A text goes layer by layer, so that Ctrl-C is heard in between; a single token in one call.
-        step = self._count if tokens == 1 else 1
+        starts = tuple(map(len, caches))
+        # Layer by layer, and of each layer every text's.
+        held = tuple(itertools.chain(*zip(*(cache.room_for(tokens // len(caches)) for cache in caches), strict=True)))
+        # A long text goes layer by layer, so that Ctrl-C is heard in between; a token of each in one call.
+        step = self._count if tokens == len(caches) else 1
         for first in range(0, self._count, step):
             last = first + step == self._count
-            self._decoder.run(x, len(cache), cos, sin, first, caches[first : first + step], logits if last else None)
+            places = held[first * len(caches) : (first + step) * len(caches)]
+            self._decoder.run(x, starts, cos, sin, first, places, logits if last else None)
 
 
 class NativeModel(NativeLayers):
@@ -83,14 +87,14 @@ class NativeModel(NativeLayers):
         super().__init__(config, layers, activation_bits, parts)
         self._vocab_size = config.vocab_size
 
-    def run_to_logits(self, x: Array, cache: KVCache, rotary: tuple[Array, Array] | None, *, every: bool) -> Array:
+    def run_to_logits(self, x: Array, texts: Texts, rotary: tuple[Array, Array] | None, *, every: bool) -> Array:
         """As `run`; return the logits float32 [tokens or 1, vocab_size] of every token or of the last."""
         logits = np.empty((x.shape[0] if every else 1, self._vocab_size), np.float32)
         if every or x.shape[0] == 1:
-            self._run(x, cache, rotary, logits)
+            self._run(x, texts, rotary, logits)
         else:
-            self._run(x, cache, rotary, None)
-            self._decoder.run(x[-1:], 0, None, None, 0, (), logits)
+            self._run(x, texts, rotary, None)
+            self._decoder.run(x[-1:], (0,), None, None, 0, (), logits)
         return logits
 
 

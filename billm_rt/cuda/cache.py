@@ -1,14 +1,14 @@
 """Keys and values on the device, as the kernels read and write them, and the steps recorded on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from billm_format.config import ModelConfig
-from billm_rt.cache import FIRST_CAPACITY, KVCache
+from billm_rt.cache import FIRST_CAPACITY, CacheBatch, KVCache
 from billm_rt.cuda import launch
 from billm_rt.cuda.device import Device, Recording
 
@@ -55,11 +55,18 @@ class KeysValues:
         return KeysValues(data, scale)
 
 
+class Place(NamedTuple):
+    """Some tokens of a step: behind which cache they go."""
+
+    rows: slice  # of the step's tokens
+    held: list[KeysValues]  # by layer, with room for them
+    past: Any  # how many tokens are there already, int32 [1] on the device
+
+
 class DeviceCache(KVCache):
     """Keys and values as binary16, or as int8 with a scale per token and head like the CPU's.
 
-    Counts tokens as every `KVCache`; only kernels read and write what it holds. What they need to know of a step lies
-    on the device as well, so that a step of few tokens is recorded once and replayed for every position.
+    Counts tokens as every `KVCache`; only kernels read and write what it holds.
     """
 
     def __init__(self, config: ModelConfig, ctx: int, device: Device, bits: int = 16, longest: int = 512) -> None:
@@ -71,20 +78,22 @@ class DeviceCache(KVCache):
         nothing = KeysValues(device.zeros(shape, self.dtype), scale)
         self._held = [nothing] * config.num_hidden_layers
         self._capacity = 0  # of every layer
-        # How many tokens are held, then the ids and the positions of those to come.
-        self._state = device.zeros((1 + 2 * longest,), np.int32)
-        self._state_here = device.pinned((1 + 2 * longest,), np.int32)
-        self._steps: dict[tuple[int, str], Recording | None] = {}
+        self._steps = Steps(device, 1, longest)
 
     @property
     def past(self) -> Any:
         """How many tokens are held, int32 [1], where kernels can read it."""
-        return self._state[:1]
+        return self._steps.pasts
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
         return sum(held.nbytes for held in self._held)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for. Memory stays where it is until it changes."""
+        return self._capacity
 
     def reserve(self, count: int) -> list[KeysValues]:
         """Grow until `count` more tokens fit and return what every layer holds."""
@@ -92,36 +101,97 @@ class DeviceCache(KVCache):
         if needed <= self._capacity:
             return self._held
         self._device.wait()
-        self._steps = dict.fromkeys(self._steps)  # recorded with the memory that goes
-        capacity = min(self.ctx, max(needed, 2 * self._capacity, FIRST_CAPACITY))
+        capacity = grown_capacity(self._capacity, needed, self.ctx)
         for layer, held in enumerate(self._held):  # each on its own: an interrupt may fall between two
             if capacity > held.capacity:
                 self._held[layer] = held.grown(self._device, capacity, used)
         self._capacity = min((held.capacity for held in self._held), default=capacity)
         return self._held
 
+    def places(self, tokens: int) -> list[Place]:
+        """Return where the tokens of a step go: all behind what is held."""
+        return [Place(slice(0, tokens), self.reserve(tokens), self.past)]
+
     def run(self, step: Step, kind: str, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Any:
-        """Return step(ids, positions) for tokens to be written behind those held; `past` is up to date meanwhile.
+        """Return step(ids, positions) for tokens to be written behind those held, see `Steps.run`."""
+        self.reserve(token_ids.size)
+        return self._steps.run(step, kind, token_ids, positions, (self,))
+
+
+class DeviceBatch(CacheBatch):
+    """Caches on one device, of which a token each is read at a time."""
+
+    def __init__(self, device: Device, caches: Sequence[DeviceCache]) -> None:
+        super().__init__(caches)
+        self._caches = tuple(caches)
+        self._steps = Steps(device, len(caches), len(caches))
+
+    def places(self, tokens: int) -> list[Place]:
+        """Return where the tokens of a step go: one behind each cache."""
+        pasts = self._steps.pasts
+        return [Place(slice(i, i + 1), cache.reserve(1), pasts[i : i + 1]) for i, cache in enumerate(self._caches)]
+
+    def run(self, step: Step, kind: str, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Any:
+        """Return step(ids, positions) for a token to be written behind each cache, see `Steps.run`."""
+        for cache in self._caches:
+            cache.reserve(1)
+        return self._steps.run(step, kind, token_ids, positions, self._caches)
+
+
+class Steps:
+    """What kernels need to know of a step, on the device, so that a step of few tokens is recorded and replayed."""
+
+    def __init__(self, device: Device, texts: int, longest: int) -> None:
+        """`longest`: tokens of a step at most."""
+        self._device, self._texts = device, texts
+        # How many tokens each text has, then the ids and the positions of those to come.
+        self._state = device.zeros((texts + 2 * longest,), np.int32)
+        self._state_here = device.pinned((texts + 2 * longest,), np.int32)
+        self._recorded: dict[tuple[int, str], Recording | None] = {}
+        self._capacities: tuple[int, ...] = ()  # of the caches that steps were recorded with
+
+    @property
+    def pasts(self) -> Any:
+        """How many tokens each text has, int32 [texts], up to date during `run`."""
+        return self._state[: self._texts]
+
+    def run(
+        self,
+        step: Step,
+        kind: str,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        caches: Sequence[DeviceCache],
+    ) -> Any:
+        """Return step(ids, positions) for tokens that go behind what `caches` hold, room for them made already.
 
         Steps of one `kind` and number of tokens are the same work, and it may be done more than once: if they are few,
         the first is done as it is, the second recorded, the others replayed.
         """
         count = token_ids.size
-        self.reserve(count)
         self._device.wait()  # until nobody reads what is written now
-        self._state_here[: 1 + 2 * count] = [len(self), *token_ids.tolist(), *positions.tolist()]
+        capacities = tuple(cache.capacity for cache in caches)
+        if capacities != self._capacities:  # recorded with memory that is gone
+            self._recorded, self._capacities = dict.fromkeys(self._recorded), capacities
+        state = [*map(len, caches), *token_ids.tolist(), *positions.tolist()]
+        self._state_here[: len(state)] = state
         key = count, kind
-        if count > _RECORDED_TOKENS or key not in self._steps:
+        if count > _RECORDED_TOKENS or key not in self._recorded:
             result = self._take(step, count)
-            self._steps.setdefault(key, None)
+            self._recorded.setdefault(key, None)
             return result
-        recorded = self._steps[key]
+        recorded = self._recorded[key]
         if recorded is None:
-            recorded = self._steps[key] = self._device.record(lambda: self._take(step, count))
+            recorded = self._recorded[key] = self._device.record(lambda: self._take(step, count))
         recorded.replay()
         return recorded.result
 
     def _take(self, step: Step, count: int) -> Any:
-        here, there = self._state_here[: 1 + 2 * count], self._state[: 1 + 2 * count]
-        self._device.copy_in(there, here)
-        return step(there[1 : 1 + count], there[1 + count :])
+        ids, positions, end = (self._texts + n * count for n in range(3))
+        self._device.copy_in(self._state[:end], self._state_here[:end])
+        return step(self._state[ids:positions], self._state[positions:end])
+
+
+def grown_capacity(capacity: int, needed: int, ctx: int) -> int:
+    """Return the tokens that a cache makes room for when it has to grow."""
+    return min(ctx, max(needed, 2 * capacity, FIRST_CAPACITY))

@@ -1,5 +1,6 @@
 """What a model takes on a device, reckoned from the file's header before anything is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from billm_format.config import ModelConfig
@@ -7,6 +8,7 @@ from billm_format.errors import DoesNotFitError
 from billm_format.layout import LINEAR_KINDS
 from billm_format.reader import BillmFile
 from billm_rt.cuda import launch
+from billm_rt.cuda.cache import DeviceCache, grown_capacity
 from billm_rt.cuda.logits import survey_bytes
 
 # The pool hands out memory in units of this size.
@@ -53,6 +55,23 @@ def require(file: BillmFile, ctx: int, kv_bits: int, chunk: int, free: int, name
     raise DoesNotFitError(
         f"{file.path.name} does not fit on {name}: {parts} make {_mb(wanted.total)}, {_mb(free)} are free: {remedy}"
     )
+
+
+def require_caches(caches: Sequence[DeviceCache], lengths: Sequence[int], per_token: int, free: int, name: str) -> None:
+    """Raise DoesNotFitError, with the arithmetic, unless all caches can grow to their `lengths` in tokens.
+
+    `per_token`: `cache_bytes`.
+    """
+    new = sum(
+        grown_capacity(cache.capacity, length, cache.ctx)
+        for cache, length in zip(caches, lengths, strict=True)
+        if length > cache.capacity
+    )
+    if new * per_token > free:
+        raise DoesNotFitError(
+            f"{len(caches)} texts at once need room for {new:,} more tokens in their KV caches: at {per_token:,} bytes "
+            f"each {_mb(new * per_token)}, {_mb(free)} are free on {name}: read fewer texts at once, or shorter ones"
+        )
 
 
 def _longest_context(file: BillmFile, ctx: int, kv_bits: int, chunk: int, free: int) -> int:

@@ -42,9 +42,9 @@ class Effort:
 TUNING_TOKENS = 512
 EFFORTS = {
     "blocks": Effort(windows=400, block_steps=150, model_steps=0),  # one block in memory at a time
-    "fast": Effort(windows=80, block_steps=0, model_steps=80, step_windows=2),
-    "normal": Effort(windows=320, block_steps=0, model_steps=320, step_windows=2),
-    "max": Effort(windows=2000, block_steps=0, model_steps=2000, step_windows=2),
+    "fast": Effort(windows=160, block_steps=0, model_steps=80, step_windows=2),
+    "normal": Effort(windows=640, block_steps=0, model_steps=320, step_windows=2),
+    "max": Effort(windows=4000, block_steps=0, model_steps=2000, step_windows=2),
 }
 
 

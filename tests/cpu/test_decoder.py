@@ -99,6 +99,28 @@ def test_tokens_one_by_one_in_chunks_and_after_a_cut_give_the_same_bits(
         assert np.array_equal(np.concatenate(one_by_one), wanted[100:])
 
 
+@pytest.mark.parametrize("kv_bits", [16, 8])
+def test_a_batch_gives_each_text_the_bits_that_it_has_alone(
+    isa: str, path: Path, kv_bits: int, rng: np.random.Generator
+) -> None:
+    """Texts of different lengths, one of them empty, over steps in which their caches grow."""
+    lengths = [0, 1, 17, 140, 255]
+    with _load(path, kv_bits=kv_bits) as model:
+        texts = [rng.integers(0, 320, length + 6) for length in lengths]
+        wanted = [model.logits(text) for text in texts]
+        caches = [model.new_cache() for _ in texts]
+        for text, length, cache in zip(texts, lengths, caches, strict=True):
+            if length:
+                model.forward(text[:length], cache)
+        batch = model.gather(caches)
+        for step in range(6):
+            tokens = [text[length + step] for text, length in zip(texts, lengths, strict=True)]
+            rows = model.rows_each(tokens, batch)
+            for row, logits, length in zip(rows, wanted, lengths, strict=True):
+                assert np.array_equal(row, logits[length + step])
+        assert [cache.tokens for cache in caches] == [text.tolist() for text in texts]
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_heads_of_every_kind(
@@ -126,7 +148,7 @@ def test_logits_want_a_head(tmp_path: Path) -> None:
         assert isinstance(model._runner, NativeLayers)
         with pytest.raises(ValueError, match="made without a head"):
             model._runner._decoder.run(
-                np.ones((1, 96), np.float32), 0, None, None, 0, (), np.empty((1, 320), np.float32)
+                np.ones((1, 96), np.float32), (0,), None, None, 0, (), np.empty((1, 320), np.float32)
             )
 
 
@@ -187,6 +209,7 @@ def test_wide_heads_take_the_loop(tmp_path: Path) -> None:
 
 
 Run = Callable[..., None]
+_CACHES = KVCache(tiny_config(), 64, np.int16).room_for(64)
 
 
 @pytest.fixture
@@ -195,14 +218,13 @@ def run(tmp_path: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
     config = tiny_config()
     make_random_billm(tmp_path / "m.billm", config)
     with billm_rt.load(tmp_path / "m.billm") as model:
-        caches = KVCache(config, 64, np.int16).room_for(3)
         arguments = {
             "x": np.ones((3, 96), np.float32),
-            "start": 0,
+            "starts": (0,),
             "cos": np.ones((3, 8), np.float32),
             "sin": np.zeros((3, 8), np.float32),
             "first": 0,
-            "caches": caches,
+            "caches": _CACHES,
             "logits": None,
         }
 
@@ -222,9 +244,15 @@ def run(tmp_path: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
         ({"cos": None}, ValueError),
         ({"cos": np.ones((2, 8), np.float32)}, ValueError),
         ({"sin": np.ones((3, 8), np.float16)}, TypeError),
-        ({"start": -1}, ValueError),
-        ({"start": 62}, ValueError),
-        ({"start": "0"}, TypeError),
+        ({"starts": (-1,)}, ValueError),
+        ({"starts": (62,)}, ValueError),
+        ({"starts": ("0",)}, TypeError),
+        ({"starts": 0}, TypeError),
+        ({"starts": ()}, ValueError),
+        ({"starts": (0, 0)}, ValueError),  # three tokens of two texts
+        ({"starts": (0, 0, 0)}, ValueError),  # a cache too few
+        ({"starts": (0, 0, 63), "caches": _CACHES[:1] * 3}, None),
+        ({"starts": (0, 0, 64), "caches": _CACHES[:1] * 3}, ValueError),
         ({"first": 1}, ValueError),
         ({"first": -1}, ValueError),
         ({"logits": np.ones((3, 319), np.float32)}, ValueError),
@@ -238,10 +266,13 @@ def run(tmp_path: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(
-    run: tuple[Run, dict[str, Any]], changes: dict[str, Any], error: type[Exception]
+    run: tuple[Run, dict[str, Any]], changes: dict[str, Any], error: type[Exception] | None
 ) -> None:
     call, arguments = run
     call()
+    if error is None:  # what is just within bounds
+        call(**changes)
+        return
     before = arguments["x"].copy()
     with pytest.raises(error):
         call(**changes)

@@ -9,6 +9,7 @@ from cuda.emulator import EmulatedDevice, EmulationError
 from random_linear import RandomLinear
 from random_model import tiny_config
 
+from billm_format.config import ModelConfig
 from billm_format.packing import Table
 from billm_rt.backend import Norm
 from billm_rt.cuda import launch
@@ -193,6 +194,13 @@ def values_of(held: KeysValues, device: Device) -> np.ndarray:
     return data if held.scale is None else data * device.download(held.scale)[..., None]
 
 
+def mixed(device: Device, qkv: Any, held: KeysValues, past: Any, config: ModelConfig) -> np.ndarray:
+    """Return what attention makes of the queries."""
+    out = device.empty((qkv.shape[0], config.query_size), np.float32)
+    attend(device, qkv, held, past, config, out)
+    return device.download(out)
+
+
 @pytest.mark.parametrize("width", [16, 24, 64, 80, 128, 200, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (7, 1)])
 @pytest.mark.parametrize("bits", [16, 8])
@@ -235,10 +243,10 @@ def test_cache_and_attention(
             ).all()
         assert not numbers_held[:, :, past + tokens :].any() and not numbers_held[..., width:].any()
 
-        mixed = device.download(attend(device, there, held, cache.past, config))
+        found = mixed(device, there, held, cache.past, config)
         seen = numbers_held[:, :, : past + tokens, :width]
         wanted = references.attention(query, seen[0], seen[1], past, window)
-        assert references.error(mixed, wanted.reshape(tokens, -1)) < 1e-4
+        assert references.error(found, wanted.reshape(tokens, -1)) < 1e-4
 
 
 @pytest.mark.parametrize("bits", [16, 8])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cuda import references
 from cuda.emulator import EmulatedDevice
-from cuda.test_kernels import fill, values_of
+from cuda.test_kernels import fill, mixed, values_of
 from random_linear import RandomLinear
 from random_model import tiny_config
 
@@ -15,7 +15,6 @@ from billm_format.packing import Table
 from billm_rt.cuda import launch
 from billm_rt.cuda.cache import DeviceCache
 from billm_rt.cuda.launch import Kernel
-from billm_rt.cuda.layers import attend
 from billm_rt.cuda.linear import LinearGroup
 from billm_rt.cuda.logits import DeviceLogits
 from billm_rt.cuda_backend import CudaBackend
@@ -56,7 +55,7 @@ def attention(bits: int) -> Check:
         if np.abs(there[:, :, 69:] - np.stack([key, value])).max() > step:
             return 1
         wanted = references.attention(query.reshape(1, 2, 16), there[0], there[1], 69, 0)
-        return references.error(attend(device, qkv, held, cache.past, config), wanted.reshape(1, 32))
+        return references.error(mixed(device, qkv, held, cache.past, config), wanted.reshape(1, 32))
 
     return check
 

@@ -12,6 +12,7 @@ from random_model import make_random_billm, tiny_config
 
 import billm_rt
 from billm_format.config import Quantization
+from billm_format.errors import DoesNotFitError
 from billm_rt.cuda import cache as device_cache
 from billm_rt.cuda.device import Device
 from billm_rt.sampling import Sampling
@@ -96,6 +97,51 @@ def test_text_is_that_of_logits_on_the_host(
     monkeypatch.setattr(device_cache, "_RECORDED_TOKENS", 0)
     monkeypatch.setattr(model.backend, "rows", lambda head: list(model.backend.logits(head)))
     assert found == text()
+
+
+@pytest.mark.parametrize("family", ["mistral", "opt-350m"])
+def test_a_batch_gives_each_text_what_it_has_alone(
+    family: str, load: Load, device: Device, rng: np.random.Generator
+) -> None:
+    """Recorded together over steps in which the caches grow at different times, beside texts read in turn."""
+    model, lengths = load(family), [1, 7, 4]
+    texts = [rng.integers(0, 320, length + 12) for length in lengths]
+    wanted = [model.logits(text) for text in texts]
+    caches = [model.new_cache() for _ in texts]
+    for text, length, cache in zip(texts, lengths, caches, strict=True):
+        model.forward(text[:length], cache)
+    batch, replays = model.gather(caches), getattr(device, "replays", 0)
+    for step in range(12):
+        tokens = [text[length + step] for text, length in zip(texts, lengths, strict=True)]
+        found = model.backend.logits(model._read(model._checked(tokens), batch, "all"))
+        for logits, right, length in zip(found, wanted, lengths, strict=True):
+            np.testing.assert_allclose(logits, right[length + step], rtol=2e-3, atol=2e-3 * np.abs(right).max())
+    assert getattr(device, "replays", replays + 1) > replays
+    assert [cache.tokens for cache in caches] == [text.tolist() for text in texts]
+
+
+def test_texts_of_a_batch_are_those_of_each_alone(load: Load, seed: int) -> None:
+    """Drawn from logits that stay on the device, the batch shrinking as texts end."""
+    model = load("llama")
+    prompts, sampling = [[5, 6, 7], [9], [3] * 11], Sampling(temperature=0.7, seed=seed)
+    found: list[list[int | None]] = [[], [], []]
+    for number, chunk in model.generate_batch(prompts, max_tokens=9, sampling=sampling, stop=["e"]):
+        found[number].append(chunk.token_id)
+    for number, prompt in enumerate(prompts):
+        own = Sampling(temperature=0.7, seed=seed + number)
+        alone = [chunk.token_id for chunk in model.generate(prompt, max_tokens=9, sampling=own, stop=["e"])]
+        if found[number] != alone:  # then a sum in another order decided between two tokens
+            place = next(i for i, pair in enumerate(zip(found[number], alone, strict=False)) if pair[0] != pair[1])
+            assert place > 0
+
+
+def test_caches_that_do_not_fit_are_refused_with_the_sum(
+    load: Load, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("llama")
+    monkeypatch.setattr(device, "free_bytes", lambda: 20_000)
+    with pytest.raises(DoesNotFitError, match=r"3 texts at once need room for 120 more tokens .* 256 bytes each 0 MB"):
+        model.generate_batch([[1, 2]] * 3, max_tokens=38)
 
 
 def test_an_interrupt_while_a_step_is_recorded_loses_nothing(

@@ -1,6 +1,7 @@
 """Streams: stop strings, half characters, prompt reuse, and why a stream ends."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from random_model import FAMILIES, make_random_billm, tiny_config
 
 import billm_rt
 from billm_format.config import Quantization
-from billm_format.errors import UsageError
+from billm_format.errors import DoesNotFitError, UsageError
 from billm_rt import Chunk, Sampling, cpu
 from billm_rt.cache import KVCache
 from billm_rt.generate import HeldBack
@@ -396,3 +397,78 @@ def test_a_stream_with_lookup_dropped_anywhere_leaves_a_usable_cache(model: Any,
 def test_negative_lookup_is_refused(model: Any) -> None:
     with pytest.raises(UsageError, match="--lookup -1"):
         model.generate("a", lookup=-1)
+
+
+# --- several texts at once -------------------------------------------------------------------------------------------
+
+
+def batch_of(model: billm_rt.Model, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[list[Chunk]]:
+    """Return each prompt's chunks."""
+    found: list[list[Chunk]] = [[] for _ in prompts]
+    for number, chunk in model.generate_batch(prompts, **options):
+        assert not found[number] or found[number][-1].finish_reason is None
+        found[number].append(chunk)
+    return found
+
+
+def said(chunks: list[Chunk]) -> tuple[Any, ...]:
+    """Return what does not depend on the clock."""
+    stats = chunks[-1].stats
+    assert stats is not None
+    return [(chunk.text, chunk.token_id, chunk.finish_reason) for chunk in chunks], stats.generated_tokens
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native CPU library is not built")
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("seeded", [False, True])
+def test_a_batch_says_what_each_prompt_gets_alone(
+    family: str, seeded: bool, tmp_path: Path, seed: int, rng: np.random.Generator
+) -> None:
+    """Prompts of different lengths, one of which fills its context first; with the native kernels to the last token."""
+    config = tiny_config(family, max_position_embeddings=40)
+    make_random_billm(tmp_path / "m.billm", config, Quantization(block_size=64), seed)
+    sampling = Sampling(temperature=1.5, seed=seed) if seeded else GREEDY
+    prompts = [rng.integers(3, 256, length).tolist() for length in (3, 36, 1, 12)]
+    with billm_rt.load(tmp_path / "m.billm") as model:
+        found = batch_of(model, prompts, max_tokens=20, sampling=sampling, stop=["x"])
+        for number, prompt in enumerate(prompts):
+            own = replace(sampling, seed=seed + number) if seeded else sampling
+            alone = list(model.generate(prompt, max_tokens=20, sampling=own, stop=["x"]))
+            assert said(found[number]) == said(alone)
+        assert found[1][-1].finish_reason in ("context", "eos", "stop")
+
+
+def test_a_batch_in_numpy_reads_every_text_into_its_own_cache(model: Any, rng: np.random.Generator) -> None:
+    texts = [rng.integers(0, 320, length) for length in (5, 1, 9)]
+    caches = [model.new_cache() for _ in texts]
+    for text, cache in zip(texts, caches, strict=True):
+        if len(text) > 1:
+            model.forward(text[:-1], cache)
+    rows = model.rows_each([text[-1] for text in texts], model.gather(caches))
+    for row, text, cache in zip(rows, texts, caches, strict=True):
+        np.testing.assert_allclose(row, model.logits(text)[-1], rtol=1e-4, atol=1e-4)
+        assert cache.tokens == text.tolist()
+
+
+def test_a_batch_of_one_and_of_none(model: Any) -> None:
+    assert batch_of(model, []) == []
+    (alone,) = batch_of(model, ["hi"], max_tokens=3, sampling=GREEDY)
+    assert said(alone) == said(list(model.generate("hi", max_tokens=3, sampling=GREEDY)))
+    (nothing,) = batch_of(model, ["hi"], max_tokens=0)
+    assert [chunk.finish_reason for chunk in nothing] == ["length"]
+
+
+def test_a_batch_with_a_bad_prompt_is_refused_before_anything_is_read(model: Any) -> None:
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        model.generate_batch(["hi", []])
+    with pytest.raises(DoesNotFitError, match="the prompt has 300 tokens"):
+        model.generate_batch(["hi", [3] * 300])
+
+
+def test_a_batch_wants_caches_that_differ_and_a_token_for_each(model: Any) -> None:
+    cache = model.new_cache()
+    for caches in ([], [cache], [cache, cache]):
+        with pytest.raises(ValueError, match="two or more, all different"):
+            model.gather(caches)
+    with pytest.raises(UsageError, match="wanted one for each of 2 texts, found 1"):
+        model.rows_each([1], model.gather([cache, model.new_cache()]))

@@ -84,5 +84,5 @@ def test_import_loads_nothing_that_it_does_not_need_yet() -> None:
 def test_import_is_quick() -> None:
     # Processor time: what the rest of the machine does is not the package's doing.
     code = "import time; t = time.process_time(); import billm_rt; print(time.process_time() - t)"
-    best = min(float(_run(code)) for _ in range(3))
+    best = min(float(_run(code)) for _ in range(6))
     assert best < 0.3, f"import billm_rt takes {best:.2f} s"

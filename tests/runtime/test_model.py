@@ -96,10 +96,10 @@ def _interrupt_the_second_layer(model: billm_rt.Model, patch: pytest.MonkeyPatch
         decoder = model._runner._decoder
 
         class Interrupted:
-            def run(self, x: Any, start: int, cos: Any, sin: Any, first: int, *rest: Any) -> None:
+            def run(self, x: Any, starts: tuple[int, ...], cos: Any, sin: Any, first: int, *rest: Any) -> None:
                 if first == 1:
                     raise KeyboardInterrupt
-                decoder.run(x, start, cos, sin, first, *rest)
+                decoder.run(x, starts, cos, sin, first, *rest)
 
         patch.setattr(model._runner, "_decoder", Interrupted())
         return

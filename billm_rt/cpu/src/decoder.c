@@ -12,7 +12,8 @@ enum { QKV, ATTEND, OUT, UP, DOWN, STEPS, HEAD = STEPS, ALL_STEPS };
 struct work {
     struct billm_decoder *decoder;
     const struct billm_float_ops *ops;
-    size_t tokens, start;
+    size_t tokens;
+    struct billm_texts texts;
     const float *cos, *sin;
     float *x;           /* [tokens, hidden]: the caller's */
     float *logits;      /* the caller's, or NULL */
@@ -23,9 +24,9 @@ struct work {
     float *gate, *up;   /* [tokens, intermediate] */
     int16_t *values;    /* quantized activations [tokens, widest input] */
     float *scales;
-    const struct billm_cache *cache;
-    const struct billm_norm *norm; /* of a norm task, */
-    const float *norm_from;        /* its input */
+    const struct billm_cache *cache; /* the layer's, one for each text */
+    const struct billm_norm *norm;   /* of a norm task, */
+    const float *norm_from;          /* its input */
     float *norm_to;
     const struct billm_layer *layer;
     struct billm_attention attention;
@@ -33,7 +34,6 @@ struct work {
     /* a single token: */
     const struct billm_isa *isa;
     size_t first, layers;
-    const struct billm_cache *caches;
     char *own;                      /* a struct own and its memory for each thread */
     size_t own_size, prepared_size;
     size_t rows_per_task[ALL_STEPS], part_count;
@@ -176,13 +176,22 @@ static int run_group(struct work *w, const struct billm_group *group, const floa
     return 0;
 }
 
+/* Which of the texts a token is of, and where it stands in it. */
+static size_t text_of(const struct work *w, size_t token) {
+    return w->texts.count > 1 ? token : 0;
+}
+
+static size_t position_of(const struct work *w, size_t token) {
+    return w->texts.count > 1 ? w->texts.starts[token] : w->texts.starts[0] + token;
+}
+
 /* Norm, turn and scale what a token has of a key and value head and of the queries that read it; put its key and value
  * into the cache. */
 static void place_head(const struct work *w, size_t token, size_t head) {
     const struct billm_decoder *d = w->decoder;
     const struct billm_float_ops *ops = w->ops;
-    const struct billm_cache *cache = w->cache;
-    const size_t width = d->width, half = width / 2, position = w->start + token, readers = d->heads / d->kv_heads;
+    const struct billm_cache *cache = w->cache + text_of(w, token);
+    const size_t width = d->width, half = width / 2, position = position_of(w, token), readers = d->heads / d->kv_heads;
     const float *cos = w->cos ? w->cos + token * half : NULL, *sin = w->sin ? w->sin + token * half : NULL;
     const float factor = 1.0f / sqrtf((float)width);
     for (size_t reader = head * readers; reader < (head + 1) * readers; reader++) {
@@ -215,12 +224,19 @@ static void place_task(void *context, size_t token) {
         place_head(w, token, head);
 }
 
+/* Several texts have a token each: then a task is one of a single text. */
 static void attention_task(void *context, size_t index) {
     const struct work *w = context;
-    const struct billm_attention *a = &w->attention;
-    const size_t rows = a->tokens * (a->heads / a->kv_heads);
-    const size_t first = index % w->tasks_per_head * BILLM_QUERY_ROWS;
-    w->ops->attend(a, index / w->tasks_per_head, first, billm_min(BILLM_QUERY_ROWS, rows - first));
+    const size_t per_text = w->attention.kv_heads * w->tasks_per_head, text = index / per_text;
+    const size_t skipped = text * w->attention.heads * w->attention.width;
+    struct billm_attention a = w->attention;
+    a.query += skipped;
+    a.out += skipped;
+    a.cache += text;
+    a.past = w->texts.starts[text];
+    const size_t task = index % per_text, rows = a.tokens * (a.heads / a.kv_heads);
+    const size_t first = task % w->tasks_per_head * BILLM_QUERY_ROWS;
+    w->ops->attend(&a, task / w->tasks_per_head, first, billm_min(BILLM_QUERY_ROWS, rows - first));
 }
 
 static void activate_task(void *context, size_t token) {
@@ -231,9 +247,9 @@ static void activate_task(void *context, size_t token) {
 
 static void prepare_attention(struct work *w) {
     const struct billm_decoder *d = w->decoder;
-    const size_t rows = w->tokens * (d->heads / d->kv_heads);
-    w->attention = (struct billm_attention){w->query,    w->mixed, w->cache, w->tokens, d->heads,
-                                            d->kv_heads, d->width, w->start, d->window};
+    const size_t tokens = w->tokens / w->texts.count, rows = tokens * (d->heads / d->kv_heads);
+    w->attention = (struct billm_attention){w->query,    w->mixed, w->cache,           tokens, d->heads,
+                                            d->kv_heads, d->width, w->texts.starts[0], d->window};
     w->tasks_per_head = (rows + BILLM_QUERY_ROWS - 1) / BILLM_QUERY_ROWS;
 }
 
@@ -244,7 +260,7 @@ static int run_attention(struct work *w, const float *x) {
         return -1;
     billm_pool_run(place_task, w, w->tokens);
     prepare_attention(w);
-    billm_pool_run(attention_task, w, d->kv_heads * w->tasks_per_head);
+    billm_pool_run(attention_task, w, w->texts.count * d->kv_heads * w->tasks_per_head);
     return run_group(w, &w->layer->o, w->mixed, out, 1);
 }
 
@@ -323,7 +339,7 @@ static size_t open_step(void *context, size_t stage) {
     if (step_of(w, stage) == HEAD)
         return open_head(w);
     w->layer = &w->decoder->layers[w->first + stage / STEPS];
-    w->cache = &w->caches[stage / STEPS];
+    w->cache = &w->texts.caches[stage / STEPS];
     switch (stage % STEPS) {
     case QKV: return open_group(w, &w->layer->qkv, heads, 0, QKV);
     case ATTEND: prepare_attention(w); return w->decoder->kv_heads;
@@ -432,19 +448,18 @@ static void run_token(struct work *w) {
 static int run_layers(struct work *w) {
     for (size_t i = 0; i < w->layers; i++) {
         w->layer = &w->decoder->layers[w->first + i];
-        w->cache = &w->caches[i];
+        w->cache = &w->texts.caches[i * w->texts.count];
         if (run_layer(w))
             return -1;
     }
     return w->logits ? run_head(w) : 0;
 }
 
-int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, size_t start, const float *cos, const float *sin,
-                 size_t first, size_t count, const struct billm_cache *caches, float *logits) {
-    struct work w = {.decoder = decoder, .tokens = tokens, .start = start, .cos = cos, .sin = sin, .x = x};
+int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, struct billm_texts texts, const float *cos,
+                 const float *sin, size_t first, size_t count, float *logits) {
+    struct work w = {.decoder = decoder, .tokens = tokens, .texts = texts, .cos = cos, .sin = sin, .x = x};
     w.first = first;
     w.layers = count;
-    w.caches = caches;
     w.logits = logits;
     billm_pool_lock();
     w.isa = billm_isa_in_turn();

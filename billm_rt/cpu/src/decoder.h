@@ -107,10 +107,17 @@ struct billm_decoder {
     size_t scratch_size;
 };
 
-/* Run layers first .. first + count on x [tokens, hidden] in place; caches has one entry per layer from `first` on and room
- * for start + tokens positions. cos, sin [tokens, width / 2], or NULL where positions are not rotary.
+/* Where tokens are read: all behind one text, or one behind each of several, `count` being as many as there are tokens. */
+struct billm_texts {
+    size_t count;
+    const size_t *starts;             /* [count] positions of the first token of each */
+    const struct billm_cache *caches; /* [layers, count], with room for what comes */
+};
+
+/* Run layers first .. first + count on x [tokens, hidden] in place; the caches are those of the layers from `first` on.
+ * cos, sin [tokens, width / 2], or NULL where positions are not rotary.
  * logits [tokens, rows of the table] of the result, or NULL. Takes the pool's turn. Returns -1 when memory runs out. */
-int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, size_t start, const float *cos, const float *sin,
-                 size_t first, size_t count, const struct billm_cache *caches, float *logits);
+int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, struct billm_texts texts, const float *cos,
+                 const float *sin, size_t first, size_t count, float *logits);
 
 #endif

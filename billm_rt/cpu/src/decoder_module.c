@@ -320,24 +320,71 @@ static int take_operands(const struct billm_decoder *d, PyObject *x, PyObject *c
     return 0;
 }
 
-static PyObject *run_checked(struct decoder *self, PyObject *const *args, Py_ssize_t start, Py_ssize_t first,
-                             Py_buffer *views, Py_buffer *cache_views, struct billm_cache *caches) {
+/* What a run takes from its tuples of starts and of caches; `views` are the caches'. */
+struct places {
+    size_t texts, layers;
+    size_t *starts;
+    struct billm_cache *caches;
+    Py_buffer *views;
+};
+
+static int make_places(PyObject *starts, PyObject *caches, struct places *out) {
+    const size_t texts = (size_t)PyTuple_Size(starts), pairs = (size_t)PyTuple_Size(caches);
+    if (!texts || pairs % texts) {
+        PyErr_Format(PyExc_ValueError, "caches: wanted one for each layer and text, found %zu for %zu texts", pairs, texts);
+        return -1;
+    }
+    out->texts = texts;
+    out->layers = pairs / texts;
+    out->starts = calloc(texts, sizeof *out->starts);
+    out->caches = calloc(pairs + 1, sizeof *out->caches);
+    out->views = calloc(2 * pairs + 1, sizeof *out->views);
+    if (!out->starts || !out->caches || !out->views) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (size_t i = 0; i < texts; i++) {
+        const Py_ssize_t start = PyLong_AsSsize_t(PyTuple_GetItem(starts, (Py_ssize_t)i));
+        if (start == -1 && PyErr_Occurred())
+            return -1;
+        if (start < 0 || start > BILLM_MAX_SIZE) {
+            PyErr_Format(PyExc_ValueError, "start %zd: out of range", start);
+            return -1;
+        }
+        out->starts[i] = (size_t)start;
+    }
+    return 0;
+}
+
+static void free_places(struct places *places) {
+    if (places->views)
+        billm_release(places->views, 2 * places->layers * places->texts);
+    free(places->views);
+    free(places->caches);
+    free(places->starts);
+}
+
+static PyObject *run_checked(struct decoder *self, PyObject *const *args, Py_ssize_t first, Py_buffer *views,
+                             struct places *places) {
     struct billm_decoder *d = &self->decoder;
-    const Py_ssize_t count = PyTuple_Size(args[5]);
     size_t tokens;
-    if (take_operands(d, args[0], args[2], args[3], args[6], views, &tokens))
+    if (make_places(args[1], args[5], places) || take_operands(d, args[0], args[2], args[3], args[6], views, &tokens))
         return NULL;
-    if (start < 0 || start > BILLM_MAX_SIZE || tokens > BILLM_MAX_SIZE || first < 0 ||
-        (size_t)(first + count) > d->layer_count)
-        return PyErr_Format(PyExc_ValueError, "start %zd, layers %zd to %zd: out of range", start, first, first + count);
-    for (Py_ssize_t i = 0; i < count; i++)
-        if (take_cache(d, PyTuple_GetItem(args[5], i), (size_t)start + tokens, cache_views + 2 * i, &caches[i]))
+    if (tokens > BILLM_MAX_SIZE || first < 0 || (size_t)first + places->layers > d->layer_count)
+        return PyErr_Format(PyExc_ValueError, "layers %zd to %zd: out of range", first,
+                            first + (Py_ssize_t)places->layers);
+    if (places->texts > 1 && places->texts != tokens)
+        return PyErr_Format(PyExc_ValueError, "wanted a token for each of %zu texts, found %zu", places->texts, tokens);
+    const size_t each = places->texts > 1 ? 1 : tokens;
+    for (size_t i = 0; i < places->layers * places->texts; i++)
+        if (take_cache(d, PyTuple_GetItem(args[5], (Py_ssize_t)i), places->starts[i % places->texts] + each,
+                       places->views + 2 * i, &places->caches[i]))
             return NULL;
     int failed = 0;
     if (tokens) {
-        Py_BEGIN_ALLOW_THREADS failed = billm_decode(d, views[X].buf, tokens, (size_t)start, views[COS].buf,
-                                                     views[SIN].buf, (size_t)first, (size_t)count, caches,
-                                                     views[LOGITS].buf);
+        const struct billm_texts texts = {places->texts, places->starts, places->caches};
+        Py_BEGIN_ALLOW_THREADS failed = billm_decode(d, views[X].buf, tokens, texts, views[COS].buf, views[SIN].buf,
+                                                     (size_t)first, places->layers, views[LOGITS].buf);
         Py_END_ALLOW_THREADS
     }
     if (failed)
@@ -347,30 +394,23 @@ static PyObject *run_checked(struct decoder *self, PyObject *const *args, Py_ssi
 
 static PyObject *decoder_run(PyObject *object, PyObject *const *args, Py_ssize_t count) {
     struct decoder *self = (struct decoder *)object;
-    if (count != 7 || !PyTuple_Check(args[5]))
-        return PyErr_Format(PyExc_TypeError, "run: wanted x, start, cos, sin, first, a tuple of caches, and logits");
-    const Py_ssize_t start = PyLong_AsSsize_t(args[1]), first = PyLong_AsSsize_t(args[4]);
+    if (count != 7 || !PyTuple_Check(args[1]) || !PyTuple_Check(args[5]))
+        return PyErr_Format(PyExc_TypeError,
+                            "run: wanted x, a tuple of starts, cos, sin, first, a tuple of caches, and logits");
+    const Py_ssize_t first = PyLong_AsSsize_t(args[4]);
     if (PyErr_Occurred())
         return NULL;
-    const size_t layers = (size_t)PyTuple_Size(args[5]);
-    Py_buffer views[OPERANDS] = {0}, *cache_views = calloc(2 * layers + 1, sizeof *cache_views);
-    struct billm_cache *caches = calloc(layers + 1, sizeof *caches);
-    PyObject *result = NULL;
-    if (cache_views && caches)
-        result = run_checked(self, args, start, first, views, cache_views, caches);
-    else
-        PyErr_NoMemory();
-    if (cache_views)
-        billm_release(cache_views, 2 * layers);
+    Py_buffer views[OPERANDS] = {0};
+    struct places places = {0};
+    PyObject *result = run_checked(self, args, first, views, &places);
+    free_places(&places);
     billm_release(views, OPERANDS);
-    free(cache_views);
-    free(caches);
     return result;
 }
 
 static PyMethodDef decoder_methods[] = {
     {"run", (PyCFunction)(void (*)(void))decoder_run, METH_FASTCALL,
-     "run(x, start, cos or None, sin or None, first, caches, logits or None): run layers on x [tokens, hidden] in place"},
+     "run(x, starts, cos or None, sin or None, first, caches, logits or None): run layers on x [tokens, hidden] in place"},
     {NULL, NULL, 0, NULL},
 };
 
