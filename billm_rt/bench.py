@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,29 +35,47 @@ class Speed:
 
 
 def measure(
-    model: "Model", cache: "KVCache", prompt: int, generate: int, repeat: int, done: Callable[[], None] = lambda: None
+    model: "Model",
+    caches: "Sequence[KVCache]",
+    prompt: int,
+    generate: int,
+    repeat: int,
+    done: Callable[[], None] = lambda: None,
 ) -> tuple[Speed, Speed]:
     """Return the speeds of reading `prompt` tokens at once and of decoding `generate` tokens, as llama-bench does it.
 
-    Each run empties the cache; a first one of either does not count. The tokens are random, their ids fixed. Decoding
-    is the model's work alone: one token in, its logits out, nothing sampled. `done` is called after each of the
-    2 * (repeat + 1) runs. The cache must have room for either number of tokens.
+    The prompt goes into the first cache; decoding adds as many tokens to each, and counts them all. Each run empties
+    the caches; a first one of either does not count. The tokens are random, their ids fixed. Decoding is the model's
+    work alone: one token in, its logits out, nothing sampled. `done` is called after each of the 2 * (repeat + 1) runs.
+    The caches must have room for either number of tokens.
     """
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, max(prompt, generate)).tolist()
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (max(prompt, generate), len(caches)))
+    batch = model.gather(caches) if len(caches) > 1 else None
 
-    def read(tokens: int, step: int) -> float:
-        cache.truncate(0)
+    def read_prompt() -> None:
+        model.forward(ids[:prompt, 0], caches[0])
+
+    def decode() -> None:
+        for tokens in ids[:generate]:
+            if batch is None:
+                model.forward(tokens, caches[0])
+            else:
+                model.forward_each(tokens, batch)
+
+    def rate(work: Callable[[], None], tokens: int) -> float:
+        for cache in caches:
+            cache.truncate(0)
         begun = time.perf_counter()
-        for start in range(0, tokens, step):
-            model.forward(ids[start : start + step], cache)
-        rate = tokens / (time.perf_counter() - begun)
+        work()
+        found = tokens / (time.perf_counter() - begun)
         done()
-        return rate
+        return found
 
     # The two take turns, so that a machine that is busy for a while slows both.
-    runs = [(read(prompt, prompt), read(generate, 1)) for _ in range(repeat + 1)][1:]
+    written = generate * len(caches)
+    runs = [(rate(read_prompt, prompt), rate(decode, written)) for _ in range(repeat + 1)][1:]
     prompts, answers = zip(*runs, strict=True)
-    return Speed(prompt, prompts), Speed(generate, answers)
+    return Speed(prompt, prompts), Speed(written, answers)
 
 
 def weight_bytes_per_token(file: BillmFile) -> int:

@@ -24,7 +24,8 @@ examples:
 
 Each run starts from an empty context, as in llama-bench; the median counts. The machine's read bandwidth is the best of
 many passes over memory that exceeds its caches; a share above 100 % says that the weights stay in the caches. Keys and
-values are not counted as read: their part is a few percent at 128 tokens.
+values are not counted as read: their part is a few percent at 128 tokens. With --batch N a step reads the weights once
+for a token of each of N texts, and the speed is that of all of them together.
 """
 
 
@@ -43,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gen", type=options.positive, default=128, metavar="N", help="tokens to decode (default: 128)"
     )
+    parser.add_argument(
+        "--batch", type=options.positive, default=1, metavar="N", help="texts that are decoded at once (default: 1)"
+    )
     parser.add_argument("--repeat", type=options.positive, default=5, metavar="N", help="runs of each (default: 5)")
     add_model_options(parser, exact=False)
     add_common_options(parser)
@@ -59,9 +63,10 @@ def run(args: argparse.Namespace) -> None:
     from billm_rt import bench
 
     with _load(args) as model:
-        cache = model.new_cache()  # alive until the report is made, which counts it
+        caches = [model.new_cache() for _ in range(args.batch)]  # alive until the report is made, which counts them
+        model.require_room(caches, [max(args.prompt, args.gen)] + [args.gen] * (args.batch - 1))
         with _progress(args, 2 * (args.repeat + 1)) as done:
-            speeds = bench.measure(model, cache, args.prompt, args.gen, args.repeat, done)
+            speeds = bench.measure(model, caches, args.prompt, args.gen, args.repeat, done)
         report = _report(model, *speeds, args)
     if args.json:
         emit_json(SCHEMA, SCHEMA_VERSION, report)
@@ -112,6 +117,7 @@ def _report(model: "Model", prompt: "Speed", decode: "Speed", args: argparse.Nam
         "prompt_tokens": prompt.tokens,
         "prompt_tokens_per_s": prompt.median,
         "prompt_samples": prompt.samples,
+        "decode_texts": args.batch,
         "decode_tokens": decode.tokens,
         "decode_tokens_per_s": decode.median,
         "decode_samples": decode.samples,
@@ -125,7 +131,7 @@ def _report(model: "Model", prompt: "Speed", decode: "Speed", args: argparse.Nam
         "device_memory": model.device_memory() or None,
         "weight_bytes_per_token": per_token,
         "read_bytes_per_s": bandwidth,
-        "bandwidth_share": per_token * decode.median / bandwidth if bandwidth else None,
+        "bandwidth_share": per_token * decode.median / args.batch / bandwidth if bandwidth else None,
         "threads": cpu.threads() if on_cpu else None,
         **options.describe(model),
     }
@@ -141,9 +147,11 @@ def _show(report: dict[str, Any]) -> None:
 
 def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield f"prompt of {report['prompt_tokens']:,}", _speed(report["prompt_tokens_per_s"], report["prompt_samples"])
-    yield f"decoding {report['decode_tokens']:,}", _speed(report["decode_tokens_per_s"], report["decode_samples"])
+    texts = report["decode_texts"]
+    what = f"decoding {report['decode_tokens'] // texts:,}" + (f" x {texts} texts" if texts > 1 else "")
+    yield what, _speed(report["decode_tokens_per_s"], report["decode_samples"])
     read = report["weight_bytes_per_token"]
-    rate = read * report["decode_tokens_per_s"]
+    rate = read * report["decode_tokens_per_s"] / texts
     yield "weights per token", f"{_bytes(read)}, so {rate / 1e9:.2f} GB/s while decoding"
     if report["read_bytes_per_s"] is not None:
         limit = report["read_bytes_per_s"] / 1e9

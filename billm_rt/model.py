@@ -104,14 +104,24 @@ class Model:
         """
         return [row for head in self._heads(token_ids, cache, logits) for row in self.backend.rows(head)]
 
+    def forward_each(self, token_ids: ArrayLike, batch: CacheBatch) -> Array:
+        """Read one token behind each cache of a batch, all at once; return float32 logits [texts, vocab_size].
+
+        Raises as `forward` does, before anything is computed.
+        """
+        return self.backend.logits(self._read_each(token_ids, batch))
+
     def rows_each(self, token_ids: ArrayLike, batch: CacheBatch) -> list[Logits]:
-        """Read one token behind each cache of a batch, all at once; return the logits behind each, as `rows` does."""
+        """As `forward_each`, for a `Sampler`, see `rows`."""
+        return list(self.backend.rows(self._read_each(token_ids, batch)))
+
+    def _read_each(self, token_ids: ArrayLike, batch: CacheBatch) -> Any:
         ids = self._checked(token_ids)
         if ids.size != len(batch.caches):
             raise UsageError(f"token ids: wanted one for each of {len(batch.caches)} texts, found {ids.size}")
         for cache in batch.caches:
             cache.require(1)
-        return list(self.backend.rows(self._read(ids, batch, "all")))
+        return self._read(ids, batch, "all")
 
     def _heads(self, token_ids: ArrayLike, cache: KVCache, logits: Literal["last", "all", "none"]) -> Iterator[Any]:
         """Read the tokens in chunks and yield what the back end has for logits, each to be used before the next."""

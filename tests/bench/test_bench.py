@@ -38,16 +38,31 @@ class Timed:
     def __init__(self) -> None:
         self.config = SimpleNamespace(vocab_size=50)
         self.held: list[int] = []
+        self.caches: list[Timed] = []  # of a batch, which this is as well
         self.forwards: list[tuple[int, int]] = []  # (tokens held before, tokens read)
         self.now = 100.0
 
     def truncate(self, length: int) -> None:
         del self.held[length:]
 
-    def forward(self, ids: list[int], cache: "Timed") -> None:
-        assert cache is self and all(0 <= token < 50 for token in ids)
-        self.forwards.append((len(self.held), len(ids)))
-        self.held += ids
+    def forward(self, ids: np.ndarray, cache: "Timed") -> None:
+        assert cache is self
+        self._read(len(self.held), ids)
+        self.held += ids.tolist()
+
+    def gather(self, caches: "list[Timed]") -> "Timed":
+        self.caches = caches
+        return self
+
+    def forward_each(self, ids: np.ndarray, batch: "Timed") -> None:
+        assert batch is self and len(ids) == len(self.caches)
+        self._read(len(self.caches[-1].held), ids)
+        for cache, token in zip(self.caches, ids.tolist(), strict=True):
+            cache.held.append(token)
+
+    def _read(self, before: int, ids: np.ndarray) -> None:
+        assert all(0 <= token < 50 for token in ids)
+        self.forwards.append((before, len(ids)))
         self.now += 0.5 * len(self.forwards)  # later runs take longer
 
     def perf_counter(self) -> float:
@@ -57,7 +72,7 @@ class Timed:
 def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     timed, done = Timed(), []
     monkeypatch.setattr(bench.time, "perf_counter", timed.perf_counter)
-    prompt, decode = bench.measure(timed, timed, 20, 3, 2, lambda: done.append(timed.now))  # type: ignore[arg-type]
+    prompt, decode = bench.measure(timed, [timed], 20, 3, 2, lambda: done.append(timed.now))  # type: ignore[arg-type,list-item]
     one_round = [(0, 20), (0, 1), (1, 1), (2, 1)]
     assert timed.forwards == one_round * 3
     assert len(done) == 2 * 3
@@ -65,6 +80,15 @@ def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (prompt.tokens, prompt.samples) == (20, (20 / 2.5, 20 / 4.5))
     assert (decode.tokens, decode.samples) == (3, (3 / (0.5 * (6 + 7 + 8)), 3 / (0.5 * (10 + 11 + 12))))
     assert prompt.median == (20 / 2.5 + 20 / 4.5) / 2
+
+
+def test_tokens_of_all_texts_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed, other = Timed(), Timed()
+    monkeypatch.setattr(bench.time, "perf_counter", timed.perf_counter)
+    prompt, decode = bench.measure(timed, [timed, other], 20, 3, 1)  # type: ignore[arg-type,list-item]
+    assert timed.forwards == [(0, 20), (0, 2), (1, 2), (2, 2)] * 2
+    assert (prompt.tokens, prompt.samples) == (20, (20 / 2.5,))
+    assert (decode.tokens, decode.samples) == (6, (6 / (0.5 * (6 + 7 + 8)),))
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "opt", "opt-350m"])
@@ -130,6 +154,15 @@ def test_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     with billm_rt.load(model) as loaded:
         assert report["isa"] == loaded.isa
+
+
+def test_batch(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, model, *SMALL, "--batch", "3", "--json")
+    report = json.loads(out)
+    assert (code, report["decode_texts"], report["decode_tokens"]) == (0, 3, 27)
+    share = report["weight_bytes_per_token"] * report["decode_tokens_per_s"] / 3 / report["read_bytes_per_s"]
+    assert report["bandwidth_share"] == pytest.approx(share)
+    assert "decoding 9 x 3 texts" in run(capsys, model, *SMALL, "--batch", "3")[1]
 
 
 def test_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,7 +113,7 @@ def test_a_batch_gives_each_text_what_it_has_alone(
     batch, replays = model.gather(caches), getattr(device, "replays", 0)
     for step in range(12):
         tokens = [text[length + step] for text, length in zip(texts, lengths, strict=True)]
-        found = model.backend.logits(model._read(model._checked(tokens), batch, "all"))
+        found = model.forward_each(tokens, batch)
         for logits, right, length in zip(found, wanted, lengths, strict=True):
             np.testing.assert_allclose(logits, right[length + step], rtol=2e-3, atol=2e-3 * np.abs(right).max())
     assert getattr(device, "replays", replays + 1) > replays
