@@ -95,9 +95,10 @@ class Conversion:
         self.held_out = self._held_out_text()
         self.quantization = self._quantization()
         tokens = self.nsamples * self.seqlen
-        self.memory = resources.memory_plan(
+        plan = resources.memory_plan(
             self.config, tokens, min(tokens, self._batch() * self.seqlen), streams=1 + (settings.recipe in FOLLOWED)
         )
+        self.memory = {"binarizing": plan}  # by stage
         self._linears: list[LinearReport] = []
 
     def say(self, text: str) -> None:
@@ -157,13 +158,19 @@ class Conversion:
 
     def _check_room(self, work: WorkFolder) -> None:
         """Raise DoesNotFitError for too little memory or disk, before hours of work rather than after."""
-        resources.check_memory(self.memory, self.device)
+        resources.check_memory(self.memory["binarizing"], self.device)
         training = 0
-        if self.settings.recipe == TUNED:
+        effort = EFFORTS[self.settings.effort] if self.settings.recipe == TUNED else None
+        if effort:
             factor = product_dtype(self.device).itemsize
-            plan = resources.tuning_memory(self.config, EFFORTS[self.settings.effort], self._tuning_seqlen(), factor)
+            plan = resources.tuning_memory(self.config, effort, self._tuning_seqlen(), factor)
             resources.check_tuning_memory(plan, self.device)
             training = resources.tuning_disk(plan)
+            self.memory["training"] = plan
+        if any(text.choice == SELF for text in self.texts):
+            self.memory["sampling text"] = self._sampling_memory(self.nsamples, self.seqlen)
+            if effort:
+                self.memory["sampling more text"] = self._sampling_memory(effort.windows, self._tuning_seqlen())
         resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes(), training)
 
     # --- beginning and resuming ------------------------------------------------------------------------------------
@@ -366,6 +373,12 @@ class Conversion:
         tuning = Tuning(self.source, self.quantization, self.settings, self.device, work, self._progress)
         return tuning.run(self._tuning_text)
 
+    def _sampling_memory(self, windows: int, seqlen: int) -> dict[str, int]:
+        from billm_convert.sampling import sampling_memory
+
+        plan: dict[str, int] = sampling_memory(self.source, windows, seqlen, self.device)
+        return plan
+
     def _tuning_text(self, windows: int) -> TuningText:
         """Draw the text to train on from where the calibration's came from, in the same shares."""
         parts = zip(self.texts, shares(windows, self.texts), shares(HELD_OUT, self.texts), strict=True)
@@ -445,6 +458,7 @@ class Conversion:
 
     def _report(self, started: float, record: dict[str, Any], size: int, resumed: int) -> ConvertReport:
         check = self._check()
+        stage = max(self.memory, key=lambda stage: sum(self.memory[stage].values()))
         with BillmFile.open(self.out) as file:
             paper, true = file.bits()
         return ConvertReport(
@@ -459,7 +473,8 @@ class Conversion:
             seconds=time.monotonic() - started,
             peak_bytes=resources.peak_bytes(),
             device_peak_bytes=resources.device_peak_bytes(self.device),
-            memory=self.memory,
+            memory_stage=stage,
+            memory=self.memory[stage],
             resumed_blocks=resumed,
             check=check,
             tuning=record.get("tuning"),

@@ -176,7 +176,8 @@ def memory_line(report: ConvertReport) -> str:
     """Return the peak memory and what it is made of."""
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.0f}" for name, size in report.memory.items())
     line = (
-        f"peak memory {report.peak_bytes / 1e6:,.0f} MB (computed: {parts}; the rest is Python, torch and file cache)"
+        f"peak memory {report.peak_bytes / 1e6:,.0f} MB (computed, most while {report.memory_stage}: {parts}; the rest "
+        "is Python, torch and file cache)"
     )
     if report.device_peak_bytes is not None:
         line += f", {report.device_peak_bytes / 1e6:,.0f} MB on the device"

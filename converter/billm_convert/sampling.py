@@ -78,7 +78,7 @@ def sample_windows(
     model's beginning-of-text token, where it has one, and a random token: left to itself a model says the same things
     again and again. DoesNotFitError where the model does not fit in memory, with a window beside it.
     """
-    at_once = min(nsamples, _BATCH, _room(source, seqlen, device))
+    at_once = _at_once(source, nsamples, seqlen, device)
     model = _Model(source, seqlen, device)
     # One number for every token, so that what is written does not depend on how many windows are written at once.
     numbers = torch.rand(nsamples, seqlen, generator=torch.Generator().manual_seed(seed))
@@ -87,6 +87,16 @@ def sample_windows(
         report = partial(_add_progress, progress, len(done) * at_once * seqlen, nsamples * seqlen)
         done.append(_sample(model, form, batch, report))
     return torch.cat(done)
+
+
+def sampling_memory(source: ModelSource, nsamples: int, seqlen: int, device: torch.device) -> dict[str, int]:
+    """Return the bytes that `sample_windows` takes, by kind; DoesNotFitError as there, before any work is done."""
+    at_once = _at_once(source, nsamples, seqlen, device)
+    return {
+        "weights": _weight_bytes(source),
+        "keys_and_values": at_once * _window_bytes(source, seqlen),
+        "logits": 3 * 4 * at_once * source.config.vocab_size,  # and what a token is drawn by
+    }
 
 
 def _add_progress(progress: Callable[[int, int], None], before: int, total: int, tokens: int) -> None:
@@ -181,11 +191,9 @@ def _draw(logits: Tensor, numbers: Tensor) -> Tensor:
     return torch.searchsorted(reached, numbers * reached[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
 
 
-def _room(source: ModelSource, seqlen: int, device: torch.device) -> int:
-    """Return for how many windows there is room beside the weights; DoesNotFitError where there is none for one."""
-    config = source.config
-    weights = 4 * sum(torch.Size(source.shape(name)).numel() for name in source.names() if name != "rope.inv_freq")
-    window = 2 * 4 * config.num_hidden_layers * seqlen * config.key_value_size
+def _at_once(source: ModelSource, nsamples: int, seqlen: int, device: torch.device) -> int:
+    """Return how many windows are written at once: there must be room beside the weights for one at least."""
+    weights, window = _weight_bytes(source), _window_bytes(source, seqlen)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if weights + window > free:
         raise DoesNotFitError(
@@ -194,4 +202,13 @@ def _room(source: ModelSource, seqlen: int, device: torch.device) -> int:
             "none at hand)"
         )
     # Half of what is left: logits and what they are drawn by want some, and other programs too.
-    return max(1, int((free - weights) / 2 // window))
+    return min(nsamples, _BATCH, max(1, int((free - weights) / 2 // window)))
+
+
+def _weight_bytes(source: ModelSource) -> int:
+    return 4 * sum(torch.Size(source.shape(name)).numel() for name in source.names() if name != "rope.inv_freq")
+
+
+def _window_bytes(source: ModelSource, seqlen: int) -> int:
+    """Return what the keys and values of a window take."""
+    return 2 * 4 * source.config.num_hidden_layers * seqlen * source.config.key_value_size

@@ -180,7 +180,8 @@ class ConvertReport:
     seconds: float
     peak_bytes: int  # of the process
     device_peak_bytes: int | None
-    memory: dict[str, int]  # what the peak is made of, as computed
+    memory_stage: str  # the stage that takes most, as computed
+    memory: dict[str, int]  # of what
     resumed_blocks: int = 0
     check: CheckReport | None = None  # None: left out
     tuning: dict[str, Any] | None = None  # None: the recipe does not train

@@ -19,9 +19,10 @@ import pytest
 import torch
 from convert.hf_models import FAMILIES, save_model, write_text
 
-from billm_convert import ConvertSettings, Event, convert, pipeline
+from billm_convert import ConvertSettings, Event, convert, pipeline, resources
 from billm_convert.block import DecoderBlock, Rotary
 from billm_convert.cli import main
+from billm_convert.report import memory_line
 from billm_convert.settings import ABLATIONS, RECIPES, TUNED
 from billm_convert.source import open_model
 from billm_convert.workdir import WorkFolder
@@ -198,6 +199,16 @@ def test_self_calibration_is_seeded(tmp_path: Path, seed: int) -> None:
     assert first.calibration["tokens"] == 72
     assert first.calibration["sha256"] is None
     assert (tmp_path / "a.billm").read_bytes() == (tmp_path / "b.billm").read_bytes()
+
+
+def test_the_stage_that_takes_most_memory_is_told(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, settings = small(tmp_path, "llama-tied-gqa", seed)
+    settings = dataclasses.replace(settings, calib="self")
+    for plan, stage in (({"hidden_states": 10**9}, "binarizing"), ({"hidden_states": 1}, "sampling text")):
+        monkeypatch.setattr(resources, "memory_plan", lambda *args, plan=plan, **options: plan)
+        report = convert(folder, tmp_path / "out.billm", dataclasses.replace(settings, force=True))
+        assert report.memory_stage == stage
+        assert f"(computed, most while {stage}: {next(iter(report.memory)).replace('_', ' ')}" in memory_line(report)
 
 
 # --- killed, interrupted, out of disk ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from convert.hf_models import FAMILIES, save_model, write_text
 
-from billm_convert import ConvertSettings, Event, convert, settings
+from billm_convert import ConvertSettings, Event, convert, sampling, settings
 from billm_convert.cli import main
 from billm_convert.report import tuning_line
 from billm_convert.settings import Effort
@@ -155,6 +155,24 @@ def test_too_little_memory_is_refused_before_the_work_begins(
         DoesNotFitError, match=r"weights [\d.]+ \+ products [\d.]+ \+ activations .*give --effort blocks"
     ):
         convert(tmp_path / "model", tmp_path / "out.billm", options)
+
+
+def test_room_for_writing_text_to_train_on_is_checked_before_the_work_begins(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = small(tmp_path, "llama", seed, monkeypatch, Effort(windows=50, block_steps=0, model_steps=1))
+    asked: list[int] = []
+
+    def sampling_memory(source: object, windows: int, *rest: object) -> dict[str, int]:
+        asked.append(windows)
+        if windows == 50:
+            raise DoesNotFitError("no room")
+        return {"weights": 1}
+
+    monkeypatch.setattr(sampling, "sampling_memory", sampling_memory)
+    with pytest.raises(DoesNotFitError, match="no room"):
+        convert(tmp_path / "model", tmp_path / "out.billm", dataclasses.replace(options, calib="self"))
+    assert asked == [SIZES["nsamples"], 50]
 
 
 def test_an_unknown_effort_is_refused() -> None:
