@@ -8,6 +8,7 @@ Recipes become .billm files and run in billm_rt; rivals become float16 models th
 """
 
 import argparse
+import fcntl
 import json
 import shutil
 import sys
@@ -27,7 +28,7 @@ from billm_convert.baselines import BASELINES, BaselineSettings
 from billm_convert.baselines.model import fake_quantize
 from billm_convert.calibration import choose_texts, draw_all, draw_windows
 from billm_convert.resources import peak_bytes
-from billm_convert.settings import ABLATIONS, RECIPES
+from billm_convert.settings import ABLATIONS, EFFORTS, RECIPES
 from billm_convert.source import ModelSource, open_model
 from billm_format.command import add_common_options, emit_json, finite, run_command
 from billm_format.errors import UsageError
@@ -38,6 +39,9 @@ FULL = "full precision"
 _WITHOUT_BLOCKS = ("pb-llm",)  # its scales are of whole rows: measured once, whatever the block sizes
 # The paper's recipe with a part of it left out: method -> `ConvertSettings.ablation`.
 _ABLATED = {f"paper, {name}": name for name in ABLATIONS}
+
+# Settings that folders of earlier versions do not name, and what they were then.
+_LATER_SETTINGS = {"target_bits": None, "effort": ConvertSettings.effort}
 
 T = TypeVar("T")
 Record = dict[str, Any]  # a method's figures, as its file in OUT_DIR holds them
@@ -60,6 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--calib", default="wikitext2", help="calibration text (default: %(default)s)")
     parser.add_argument("--nsamples", type=int, default=128, help="calibration windows (default: %(default)s)")
     parser.add_argument("--calib-seqlen", type=int, default=2048, help="tokens in each (default: %(default)s)")
+    parser.add_argument("--target-bits", type=float, metavar="B", help="true bits of our recipes, as in billm-convert")
+    parser.add_argument(
+        "--effort", choices=EFFORTS, default=ConvertSettings.effort, help="of the recipe tuned (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw of windows (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="for calibration: cpu or cuda (default: %(default)s)")
     parser.add_argument("-t", "--threads", type=int, help="CPU threads")
@@ -77,17 +85,30 @@ def run(args: argparse.Namespace) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     bench = Bench(args)
-    bench.check_settings()
-    records = []
-    for method, block_size in bench.entries():
-        records.append(bench.measure(method, block_size))
-        tables = markdown(records, bench.text_labels, bench.task_labels)
-        (args.out / "quality.md").write_text(f"{bench.heading}\n\n{tables}", encoding="utf-8")
-        (args.out / "quality.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with _alone(args.out):
+        bench.check_settings()
+        records = []
+        for method, block_size in bench.entries():
+            records.append(bench.measure(method, block_size))
+            tables = markdown(records, bench.text_labels, bench.task_labels)
+            (args.out / "quality.md").write_text(f"{bench.heading}\n\n{tables}", encoding="utf-8")
+            (args.out / "quality.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     if args.json:
         emit_json("billm-quality", 1, {"settings": bench.settings, "methods": records})
     else:
         print(bench.heading, tables, sep="\n\n", end="")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder; UsageError when another run has it: both would make, and delete, the same models."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another run is at work in {folder}: wait for it, or name another folder") from None
+        yield
 
 
 @dataclass(frozen=True)
@@ -132,8 +153,9 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """What every figure in the folder must agree on."""
         args = self._args
-        calibration = {key: getattr(args, key) for key in ("calib", "nsamples", "calib_seqlen", "seed")}
-        return {"model": args.model.resolve().name, "identity": self._source.identity(), **calibration}
+        chosen = ("calib", "nsamples", "calib_seqlen", "seed", *_LATER_SETTINGS)
+        given = {key: getattr(args, key) for key in chosen}
+        return {"model": args.model.resolve().name, "identity": self._source.identity(), **given}
 
     @property
     def heading(self) -> str:
@@ -144,11 +166,10 @@ class Bench:
 
     def check_settings(self) -> None:
         """Note the settings in the folder; UsageError where it has figures of others."""
-        self._args.out.mkdir(parents=True, exist_ok=True)
         file = self._args.out / "settings.json"
         if not file.exists():
             file.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
-        old = json.loads(file.read_text(encoding="utf-8"))
+        old = {**_LATER_SETTINGS, **json.loads(file.read_text(encoding="utf-8"))}
         for key, value in self.settings.items():
             if old.get(key) != value:
                 raise UsageError(
@@ -248,6 +269,8 @@ class Bench:
             recipe="paper" if ablation else method,
             ablation=ablation,
             block_size=block_size or ConvertSettings.block_size,
+            target_bits=args.target_bits,
+            effort=args.effort,
             calib=args.calib,
             nsamples=args.nsamples,
             seqlen=args.calib_seqlen,

@@ -135,5 +135,28 @@ def test_figures_of_other_settings_are_not_mixed(
     assert quality.main(argv) == 0
     assert quality.main([*argv, "--seed", "7"]) == 2
     assert "holds figures for seed 0, not 7: name another folder" in capsys.readouterr().err
+    assert quality.main([*argv, "--target-bits", "2.9"]) == 2
+    assert "holds figures for target_bits None, not 2.9" in capsys.readouterr().err
     more = report(quality, [*argv, "--limit", "1"], capsys)
     assert set(more["rtn-3", 32]["zeroshot"]) == {"piqa", "lambada", "piqa, first 1", "lambada, first 1"}
+
+
+def test_two_runs_do_not_share_a_folder(
+    quality: ModuleType, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with quality._alone(tmp_path / "out"):
+        assert quality.main(argv) == 2
+    assert "another run is at work in" in capsys.readouterr().err
+
+
+def test_target_bits_are_for_our_recipes(
+    quality: ModuleType, argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv[argv.index("--methods") + 1 : argv.index("--data")] = ["paper", "rtn-3"]
+    found = report(quality, argv, capsys)
+    target = (found["paper", 64]["bits"]["stored"] + found["paper", 32]["bits"]["stored"]) / 2
+    argv[1] += "-target"
+    aimed = report(quality, [*argv, "--block-sizes", "64", "--target-bits", str(target)], capsys)
+    assert found["paper", 64]["bits"]["stored"] < aimed["paper", 64]["bits"]["stored"] <= target
+    assert aimed["rtn-3", 64]["bits"] == found["rtn-3", 64]["bits"]
