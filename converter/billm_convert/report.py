@@ -23,6 +23,8 @@ _LABELS = {
     "checking": "checking",
     "drawing": "drawing the report",
 }
+# Stages of minutes whose events have nothing to tell: where there is no bar, a line for each tenth of the work.
+_SILENT = ("sampling", "targets")
 _LEAST_SHARE = 0.01  # of the work, before its speed says anything about the rest
 
 
@@ -42,7 +44,7 @@ class Display:
             )
             self._bar = Progress(*columns, console=self._console, transient=True)
         self._stage = ""
-        self._task = None
+        self._tenths = 0  # of a silent stage
         self._clock = _Clock()
 
     def __enter__(self) -> "Display":
@@ -64,7 +66,7 @@ class Display:
             self._console.print(event.text, markup=False)
             return
         if event.stage != self._stage:
-            self._stage = event.stage
+            self._stage, self._tenths = event.stage, 0
             self._clock = _Clock(event.done)
             if self._bar:
                 for task in self._bar.task_ids:
@@ -77,6 +79,9 @@ class Display:
             self._console.print(f"{_LABELS[event.stage]}: {event.text}, {left}", markup=False)
         elif event.linears:
             self._console.print(block_line(event.linears, int(event.total), left), markup=False)
+        elif event.stage in _SILENT and (tenths := int(10 * event.done / event.total)) > self._tenths:
+            self._tenths = tenths
+            self._console.print(f"{_LABELS[event.stage]}: {tenths}0 %, {left}", markup=False)
 
 
 def _where(event: Event) -> str:

@@ -14,7 +14,9 @@ from convert.hf_models import save_model, write_text
 
 from billm_convert.cli import build_parser, main
 from billm_convert.embedding import quantize_rows
+from billm_convert.report import Display
 from billm_convert.resources import choose_device
+from billm_convert.settings import Event
 from billm_format.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +58,24 @@ def test_table_has_every_linear(argv: list[str], capsys: pytest.CaptureFixture[s
     for heading in ("q", "k", "v", "o", "gate", "up", "down", "salient", "sparse"):
         assert heading in out
     assert "peak memory" in out
+
+
+def test_a_long_stage_tells_its_tenths_where_there_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display(quiet=False) as display:
+        for done in range(1, 41):
+            display.show(Event("targets", done, 40))
+        for done in (1, 25):
+            display.show(Event("sampling", done, 100))
+        display.show(Event("writing", 5, 10))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        *(f"running the full-precision model: {tenths}0 %" for tenths in range(1, 11)),
+        "sampling text: 20 %",
+    ]
+    assert all(line.endswith(" left") for line in lines)
+    with Display(quiet=True) as display:
+        display.show(Event("targets", 20, 40))
+    assert capsys.readouterr().err == ""
 
 
 def test_choices_are_said_aloud(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
