@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,9 @@ def tokenizer_json(config: ModelConfig) -> bytes:
         raise ValueError(f"vocab_size: wanted at least {256 + len(specials)}, found {config.vocab_size}")
     symbols = sorted(_byte_symbols())
     letters = [s for s in symbols if s.isascii() and s.isalpha()] + ["Ġ"]
-    merges = [(a, b) for a in letters for b in letters][: config.vocab_size - 256 - len(specials)]
-    if len(merges) < config.vocab_size - 256 - len(specials):
-        raise ValueError(f"vocab_size: wanted at most {256 + len(specials) + len(letters) ** 2}")
+    pairs = [(a, b) for a in letters for b in letters]
+    triples = ((a + b, c) for a, b in pairs for c in letters)
+    merges = list(islice(chain(pairs, triples), config.vocab_size - 256 - len(specials)))
     free = (i for i in range(config.vocab_size) if i not in specials)
     vocab = dict(zip([*symbols, *(a + b for a, b in merges)], free, strict=False))
     added = []
@@ -156,7 +157,8 @@ def _random_tensor(
     owner, _, part = spec.name.rpartition(".")
     cols = columns.get(owner, 0)
     if part in ("sign", "second"):
-        return pack_bits(rng.random((*spec.shape[:-1], cols)) < 0.5)
+        planes = np.frombuffer(rng.bytes(math.prod(spec.shape)), np.uint8).reshape(spec.shape)
+        return planes & pack_bits(np.ones(cols, bool))  # what pads a row is zeros
     if part == "salient":
         return pack_bits(rng.random(cols) < rng.uniform(0, 0.3))
     if part == "scales":
