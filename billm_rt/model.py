@@ -192,11 +192,10 @@ class Model:
 
     def _read(self, ids: NDArray[np.int64], texts: Texts, logits: Literal["last", "all", "none"]) -> Any:
         """Run one chunk through the model, count it as held, and return what the back end has for logits."""
-        caches = texts.caches
-        if len(caches) > 1:
-            places = np.array([len(cache) for cache in caches])
+        if isinstance(texts, CacheBatch):
+            places = np.array([len(cache) for cache in texts.caches])
         else:
-            places = np.arange(len(caches[0]), len(caches[0]) + ids.size)
+            places = np.arange(len(texts), len(texts) + ids.size)
 
         def step(ids: Any, positions: Any) -> Any:
             x, table = self._input(ids, positions, places)
@@ -211,8 +210,11 @@ class Model:
         # Overflow to infinity is part of the arithmetic (exp in SiLU); what it must not do is print.
         with np.errstate(all="ignore"):
             head = self.backend.take_step(step, logits, ids, places + self.config.position_offset, texts)
-        for cache, read in zip(caches, np.split(ids, len(caches)), strict=True):
-            cache.commit(read.tolist())
+        if isinstance(texts, CacheBatch):
+            for cache, token in zip(texts.caches, ids.tolist(), strict=True):
+                cache.commit([token])
+        else:
+            texts.commit(ids.tolist())
         return head
 
     def _input(self, ids: Any, positions: Any, places: NDArray[np.int64]) -> tuple[Array, tuple[Array, Array] | None]:
