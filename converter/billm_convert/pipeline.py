@@ -15,7 +15,8 @@ from torch import Tensor
 
 from billm_convert import budget, gate, illustrate, resources
 from billm_convert.block import DecoderBlock, Rotary, embed
-from billm_convert.calibration import CalibrationText, choose_texts, describe, draw_all, draw_windows, shares
+from billm_convert.calibration import choose_texts, describe
+from billm_convert.drawing import Drawing
 from billm_convert.embedding import to_float16
 from billm_convert.figures import LinearFigures, linear_figures, save_figures
 from billm_convert.head_moment import solve_tables, stored_table
@@ -27,7 +28,6 @@ from billm_convert.settings import (
     FOLLOWED,
     GPU_CALIBRATION,
     MAX_LEVEL,
-    SELF,
     TUNED,
     TUNING_TOKENS,
     CheckReport,
@@ -41,7 +41,6 @@ from billm_convert.source import ModelSource, open_model
 from billm_convert.streams import FollowedStream, Inputs, Stream, Told
 from billm_convert.tokenizer import TokenizerFiles
 from billm_convert.tune import Tuning
-from billm_convert.tune_text import HELD_OUT, TuningText, draw_text
 from billm_convert.tune_train import product_dtype
 from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import ModelConfig, Quantization
@@ -92,6 +91,7 @@ class Conversion:
         self.texts, note = choose_texts(settings.calib)
         if note:
             self.say(note)
+        self.drawing = Drawing(self.source, self.tokenizer, self.texts, settings.seed, self.device, progress)
         self.held_out = self._held_out_text()
         self.quantization = self._quantization()
         tokens = self.nsamples * self.seqlen
@@ -167,10 +167,11 @@ class Conversion:
             resources.check_tuning_memory(plan, self.device)
             training = resources.tuning_disk(plan)
             self.memory["training"] = plan
-        if any(text.choice == SELF for text in self.texts):
-            self.memory["sampling text"] = self._sampling_memory(self.nsamples, self.seqlen)
-            if effort:
-                self.memory["sampling more text"] = self._sampling_memory(effort.windows, self._tuning_seqlen())
+        if work.tokens() is None and (sampling := self.drawing.memory(self.nsamples, self.seqlen)):
+            self.memory["sampling text"] = sampling
+        more = self.drawing.memory(effort.windows, self._tuning_seqlen()) if effort and not work.tuning_text() else None
+        if more:
+            self.memory["sampling more text"] = more
         resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes(), training)
 
     # --- beginning and resuming ------------------------------------------------------------------------------------
@@ -253,28 +254,10 @@ class Conversion:
         tokens = work.tokens()
         if tokens is not None:
             return tokens
-        tokens = draw_all(self.texts, self.nsamples, self._windows)
+        tokens = self.drawing.calibration(self.nsamples, self.seqlen)
         if int(tokens.max()) >= self.config.vocab_size:
             raise UsageError(f"the tokenizer gives token {tokens.max()}, the model knows {self.config.vocab_size} only")
         work.save_tokens(tokens)
-        return tokens
-
-    def _windows(self, text: CalibrationText, windows: int) -> NDArray[np.int64]:
-        """Return int64 [windows, seqlen] of one text."""
-        if text.choice == SELF:
-            return self._sample(windows, self.seqlen, self.settings.seed)
-        return draw_windows(text, self.tokenizer.load(self.config), windows, self.seqlen, self.settings.seed)
-
-    def _sample(self, windows: int, seqlen: int, seed: int) -> NDArray[np.int64]:
-        """Let the full-precision model write int64 [windows, seqlen]."""
-        from billm_convert.sampling import chat_form, sample_windows
-
-        def told(done: int, total: int) -> None:
-            self._progress(Event("sampling", done, total))
-
-        form = chat_form(self.tokenizer.load(self.config))
-        self.say(f"the model writes {'plain text' if form is None else 'conversations'} to learn from")
-        tokens: NDArray[np.int64] = sample_windows(self.source, form, windows, seqlen, seed, self.device, told).numpy()
         return tokens
 
     @torch.inference_mode()
@@ -371,30 +354,7 @@ class Conversion:
     def _tune(self, work: WorkFolder) -> dict[str, Any]:
         """Train what the solver found; return what the record says of it."""
         tuning = Tuning(self.source, self.quantization, self.settings, self.device, work, self._progress)
-        return tuning.run(self._tuning_text)
-
-    def _sampling_memory(self, windows: int, seqlen: int) -> dict[str, int]:
-        from billm_convert.sampling import sampling_memory
-
-        plan: dict[str, int] = sampling_memory(self.source, windows, seqlen, self.device)
-        return plan
-
-    def _tuning_text(self, windows: int) -> TuningText:
-        """Draw the text to train on from where the calibration's came from, in the same shares."""
-        parts = zip(self.texts, shares(windows, self.texts), shares(HELD_OUT, self.texts), strict=True)
-        drawn = [self._tuning_windows(text, training, held_out) for text, training, held_out in parts]
-        return TuningText(np.concatenate([part for pair in zip(*drawn, strict=True) for part in pair]))
-
-    def _tuning_windows(
-        self, text: CalibrationText, training: int, held_out: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return windows of one text to train on, and others to judge by."""
-        seqlen = self._tuning_seqlen()
-        seed = self.settings.seed + 1  # the calibration's windows again would teach less
-        if text.choice == SELF:
-            drawn = self._sample(training + held_out, seqlen, seed)
-            return drawn[:training], drawn[training:]
-        return draw_text(text, self.tokenizer.load(self.config), training, held_out, seqlen, seed)
+        return tuning.run(lambda windows: self.drawing.tuning(windows, self._tuning_seqlen()))
 
     def _tuning_seqlen(self) -> int:
         return min(TUNING_TOKENS, self.seqlen)

@@ -64,7 +64,7 @@ def _cut(text: Text, tokenizer: Tokenizer, windows: int, seqlen: int, rng: rando
             f"--seqlen {max(2, tokens // 2)} or less, or a longer text"
         )
     rounds: list[NDArray[np.int64]] = []
-    while sum(len(found) for found in rounds) < windows:
+    while not rounds or sum(len(found) for found in rounds) < windows:
         whole = np.concatenate(rng.sample(encoded, len(encoded)))
         rounds.append(whole[: len(whole) // seqlen * seqlen].reshape(-1, seqlen))
     return np.concatenate(rounds)[:windows]

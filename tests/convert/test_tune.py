@@ -10,7 +10,7 @@ import pytest
 import torch
 from convert.hf_models import FAMILIES, save_model, write_text
 
-from billm_convert import ConvertSettings, Event, convert, sampling, settings
+from billm_convert import ConvertSettings, Event, convert, drawing, settings
 from billm_convert.cli import main
 from billm_convert.report import tuning_line
 from billm_convert.settings import Effort
@@ -169,7 +169,7 @@ def test_room_for_writing_text_to_train_on_is_checked_before_the_work_begins(
             raise DoesNotFitError("no room")
         return {"weights": 1}
 
-    monkeypatch.setattr(sampling, "sampling_memory", sampling_memory)
+    monkeypatch.setattr(drawing, "sampling_memory", sampling_memory)
     with pytest.raises(DoesNotFitError, match="no room"):
         convert(tmp_path / "model", tmp_path / "out.billm", dataclasses.replace(options, calib="self"))
     assert asked == [SIZES["nsamples"], 50]

@@ -72,6 +72,8 @@ def test_held_out_windows_are_of_other_documents(tokenizer: Tokenizer, seed: int
     training, held_out = draw_text(CalibrationText("t.jsonl", Text("t", documents, " ")), tokenizer, 30, 8, 24, seed)
     assert training.shape == (30, 24)
     assert held_out.shape == (8, 24)
+    none = draw_text(CalibrationText("t.jsonl", Text("t", documents, " ")), tokenizer, 3, 0, 24, seed)[1]
+    assert none.shape == (0, 24)  # the share of one text of many
     assert all("mat" not in tokenizer.decode(window) for window in training.tolist())
     assert all("cat" not in tokenizer.decode(window) for window in held_out.tolist())
 
