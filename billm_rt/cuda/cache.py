@@ -101,10 +101,12 @@ class DeviceCache(KVCache):
         if needed <= self._capacity:
             return self._held
         self._device.wait()
+        self._steps.forget()
         capacity = grown_capacity(self._capacity, needed, self.ctx)
-        for layer, held in enumerate(self._held):  # each on its own: an interrupt may fall between two
-            if capacity > held.capacity:
-                self._held[layer] = held.grown(self._device, capacity, used)
+        for layer in range(len(self._held)):  # each on its own: an interrupt may fall between two
+            if capacity > self._held[layer].capacity:
+                self._held[layer] = self._held[layer].grown(self._device, capacity, used)
+                self._device.trim()  # no larger layer fits into what the pool has kept of this one
         self._capacity = min((held.capacity for held in self._held), default=capacity)
         return self._held
 
@@ -131,10 +133,16 @@ class DeviceBatch(CacheBatch):
         pasts = self._steps.pasts
         return [Place(slice(i, i + 1), cache.reserve(1), pasts[i : i + 1]) for i, cache in enumerate(self._caches)]
 
-    def run(self, step: Step, kind: str, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Any:
-        """Return step(ids, positions) for a token to be written behind each cache, see `Steps.run`."""
+    def reserve(self) -> None:
+        """Grow the caches until a token more fits into each."""
+        if any(len(cache) == cache.capacity for cache in self._caches):
+            self._steps.forget()
         for cache in self._caches:
             cache.reserve(1)
+
+    def run(self, step: Step, kind: str, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Any:
+        """Return step(ids, positions) for a token to be written behind each cache, see `Steps.run`."""
+        self.reserve()
         return self._steps.run(step, kind, token_ids, positions, self._caches)
 
 
@@ -171,8 +179,9 @@ class Steps:
         count = token_ids.size
         self._device.wait()  # until nobody reads what is written now
         capacities = tuple(cache.capacity for cache in caches)
-        if capacities != self._capacities:  # recorded with memory that is gone
-            self._recorded, self._capacities = dict.fromkeys(self._recorded), capacities
+        if capacities != self._capacities:
+            self.forget()
+            self._capacities = capacities
         state = [*map(len, caches), *token_ids.tolist(), *positions.tolist()]
         self._state_here[: len(state)] = state
         key = count, kind
@@ -185,6 +194,10 @@ class Steps:
             recorded = self._recorded[key] = self._device.record(lambda: self._take(step, count))
         recorded.replay()
         return recorded.result
+
+    def forget(self) -> None:
+        """Drop what is recorded, to be recorded anew: it holds the memory of caches that are about to grow."""
+        self._recorded = dict.fromkeys(self._recorded)
 
     def _take(self, step: Step, count: int) -> Any:
         ids, positions, end = (self._texts + n * count for n in range(3))

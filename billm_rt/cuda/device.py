@@ -95,6 +95,10 @@ class Device(Protocol):
         """Return how much memory is taken."""
         ...
 
+    def trim(self) -> None:
+        """Give what is held and not in use back to the driver."""
+        ...
+
     def pointer(self, array: Any) -> int:
         """Return the address of the array's first element."""
         ...
@@ -126,6 +130,27 @@ def unavailable_reason(index: int = 0) -> str | None:
     return None if int(capability) >= 80 else f"its compute capability is {capability}, wanted 80 (Ampere) or later"
 
 
+class _Capture:
+    """What the launches of a graph under way read and write that is not the memory of its own pool."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+        self._own: set[int] = set()  # addresses in the graph's pool, which never gives them to anybody else
+
+    def own(self, array: Any) -> None:
+        """Note an array that comes from the graph's pool."""
+        self._own.add(array.data.mem.ptr)
+
+    def keep(self, *arguments: Any) -> None:
+        """Keep what is not the graph's own: that would take the memory of every layer at once."""
+        for value in arguments:
+            if isinstance(value, np.generic):
+                continue
+            memory = getattr(value.data, "mem", None)  # page-locked arrays have none
+            if memory is None or memory.ptr not in self._own:
+                self.kept.append(value)
+
+
 class CupyDevice:
     """One GPU. Work goes to the stream that is CuPy's current one when a method is called."""
 
@@ -141,7 +166,7 @@ class CupyDevice:
         self.shared_per_multiprocessor = int(properties["sharedMemPerMultiprocessor"])
         self._kernels: dict[Kernel, Any] = {}
         self._recorded = 0  # bytes that recordings hold
-        self._kept: list[Any] | None = None  # the arguments of launches while they are captured
+        self._capture: _Capture | None = None  # of the graph that is being captured
         self._staging: list[tuple[Any, Any]] = []  # (page-locked bytes, event behind the last copy from them)
 
     def upload(self, array: NDArray[Any]) -> Any:
@@ -171,7 +196,10 @@ class CupyDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return an array from CuPy's pool; DoesNotFitError where the device has no memory left."""
-        return self._allocated(lambda: self._cupy.empty(shape, dtype))
+        out = self._allocated(lambda: self._cupy.empty(shape, dtype))
+        if self._capture is not None:
+            self._capture.own(out)
+        return out
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return an array of zeros; DoesNotFitError as `empty`."""
@@ -197,8 +225,8 @@ class CupyDevice:
         self._runtime.memcpyAsync(to, source, nbytes, kind, self._cupy.cuda.get_current_stream().ptr)
 
     def _keep(self, *arguments: Any) -> None:
-        if self._kept is not None:
-            self._kept.append(arguments)
+        if self._capture is not None:
+            self._capture.keep(*arguments)
 
     def wait(self) -> None:
         """Wait for the current stream."""
@@ -207,18 +235,18 @@ class CupyDevice:
     def record(self, work: Callable[[], Any]) -> Recording:
         """Capture a CUDA graph; it is launched on what is the current stream then.
 
-        What `work` allocates comes from a pool of the graph's own: nobody else gets memory that a replay writes. Done
-        once before the capture, it compiles what it needs and leaves the pool with all the memory that it takes.
+        What `work` allocates comes from a pool of the graph's own: nobody else gets memory that a replay writes, and a
+        layer can have what the one before it gave back. Done once before the capture, it compiles what it needs and
+        leaves the pool with all the memory that it takes.
         """
         cuda = self._cupy.cuda
-        pool = cuda.MemoryPool()
-        kept: list[Any] = []
+        pool, capture = cuda.MemoryPool(), _Capture()
         self.wait()
         with cuda.Stream(non_blocking=True) as stream, cuda.using_allocator(pool.malloc):
             work()
             stream.synchronize()
             stream.begin_capture()
-            self._kept = kept
+            self._capture = capture
             try:
                 result = work()
             except BaseException:
@@ -226,9 +254,9 @@ class CupyDevice:
                     stream.end_capture()
                 raise
             finally:
-                self._kept = None
+                self._capture = None
             graph = stream.end_capture()
-        recording = Recording(result, graph.launch, (pool, kept))
+        recording = Recording(result, graph.launch, (pool, capture.kept))
         self._count_recorded(int(pool.total_bytes()))
         weakref.finalize(recording, self._count_recorded, -int(pool.total_bytes()))
         return recording
@@ -246,6 +274,10 @@ class CupyDevice:
         pool, (free, total) = self._cupy.get_default_memory_pool(), self._device.mem_info
         recorded = self._recorded
         return Usage(int(pool.used_bytes()) + recorded, int(pool.total_bytes()) + recorded, int(total) - int(free))
+
+    def trim(self) -> None:
+        """Empty CuPy's pool of what is free; the driver waits for the work that still uses it."""
+        self._cupy.get_default_memory_pool().free_all_blocks()
 
     def pointer(self, array: Any) -> int:
         """Return the address of the array's first element."""

@@ -62,6 +62,7 @@ class EmulatedDevice:
         self._recorded: list[Callable[[], None]] | None = None  # while a recording is made
         self.replays = 0
         self.held = self.most_held = 0  # bytes of the arrays that are alive, now and at most
+        self._pooled = 0  # at most since the last trim
         files: dict[str, list[str]] = {}
         for kernel in kernels:
             files.setdefault(kernel.file, []).append(kernel.expression)
@@ -139,15 +140,19 @@ class EmulatedDevice:
 
     def _account(self, nbytes: int) -> None:
         self.held += nbytes
-        self.most_held = max(self.most_held, self.held)
+        self.most_held, self._pooled = max(self.most_held, self.held), max(self._pooled, self.held)
 
     def free_bytes(self) -> int:
         """Return what is left of `memory`."""
         return self.memory - self.held
 
     def usage(self) -> Usage:
-        """Return the arrays: there is nothing else."""
-        return Usage(self.held, self.held, self.held)
+        """Return the arrays, and a pool that keeps what it once had."""
+        return Usage(self.held, self._pooled, self._pooled)
+
+    def trim(self) -> None:
+        """Leave nothing in the pool but arrays that are alive."""
+        self._pooled = self.held
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Return zeros, between the same margins."""

@@ -1,6 +1,7 @@
 """What is asked of a device before anything is loaded: enough, not far too much, one sentence where it is missing."""
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import DoesNotFitError
 from billm_format.reader import BillmFile
 from billm_rt import bench_cli, ppl_cli
+from billm_rt.cuda import cache as device_cache
 from billm_rt.cuda import device as cuda_device
 from billm_rt.cuda import launch, memory
 from billm_rt.cuda_backend import CudaBackend
@@ -65,6 +67,27 @@ def test_what_is_reckoned_is_what_is_taken(
         assert cache.nbytes == wanted.per_token * 48
         assert device.most_held - before <= wanted.total + descriptors * launch.LINEAR.itemsize
         model.close()
+
+
+def test_a_cache_that_grows_leaves_nothing_behind(
+    device: EmulatedDevice, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No recorded step holds the old memory, and the pool does not keep it."""
+    monkeypatch.setattr(device_cache, "FIRST_CAPACITY", 8)
+    make_random_billm(tmp_path / "m.billm", tiny_config("llama"), Quantization(block_size=64), seed)
+    with BillmFile.open(tmp_path / "m.billm") as file, billm_rt.Model(file, CudaBackend(device), 64) as model:
+        first, second = caches = [model.new_cache() for _ in range(2)]
+        batch = model.gather(caches)
+        for _ in range(8):  # recorded from the second on, together and alone
+            model.forward_each([5, 6], batch)
+            first.truncate(len(first) - 1)
+            model.forward([7], first)
+        old, was = first.nbytes, [weakref.ref(cache.reserve(0)[0].data.base) for cache in caches]
+        first.reserve(1)
+        assert first.nbytes == 2 * old and device.usage().pool == device.held
+        batch.reserve()
+        gc.collect()
+        assert second.nbytes == 2 * old and [reference() for reference in was] == [None, None]
 
 
 @pytest.mark.parametrize("ctx", [None, 64])
