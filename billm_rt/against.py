@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from billm_format.errors import DoesNotFitError, UsageError
+from billm_rt.backend import gpu_index
 from billm_rt.ppl import Divergence, Float32, Ids, Progress, ProtocolName, Result, Scorer, chunk_rows, measure, paired
 
 _LONGEST = 4096  # tokens that a zero-shot context may have; a `.billm` model's default context
@@ -24,26 +25,28 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 @dataclass(frozen=True)
 class Reference:
-    """A Hugging Face model in float32 on the CPU, ready to score windows."""
+    """A Hugging Face model in float32, ready to score windows."""
 
     scorer: Scorer
     file_bytes: int  # of the weights on disk
     weights_bytes: int  # of the weights in memory, float32
+    device: str  # "cpu", "cuda:0"
 
 
-def load(path: Path, vocab_size: int, threads: int | None = None) -> Reference:
-    """Load a Hugging Face model directory or a `.gguf` file as float32 on the CPU.
+def load(path: Path, vocab_size: int, threads: int | None = None, device: str = "auto") -> Reference:
+    """Load a Hugging Face model directory or a `.gguf` file as float32 on a device as `backend.choose` names them.
 
-    Raises UsageError when a package is missing, the path is no such model or its vocabulary has another size than
-    `vocab_size` (its tokens would mean something else), DoesNotFitError when it is larger than the free memory.
+    Raises UsageError when a package is missing, torch has no such device, the path is no such model or its vocabulary
+    has another size than `vocab_size` (its tokens would mean something else), DoesNotFitError when it is larger than
+    the free memory.
     """
-    loaded = _load(path, f"--against {path}", threads, vocab_size)
-    return Reference(_scorer(loaded.torch, loaded.model), _file_bytes(path), loaded.weights_bytes)
+    loaded = _load(path, f"--against {path}", threads, vocab_size, device)
+    return Reference(_scorer(loaded.torch, loaded.model), _file_bytes(path), loaded.weights_bytes, loaded.device)
 
 
-def load_reader(path: Path, threads: int | None = None) -> "TransformersReader":
+def load_reader(path: Path, threads: int | None = None, device: str = "auto") -> "TransformersReader":
     """Load a model as `load` does, with its own tokenizer, to score zero-shot tasks with it."""
-    loaded = _load(path, str(path), threads, None)
+    loaded = _load(path, str(path), threads, None, device)
     try:
         tokenizer = loaded.transformers.AutoTokenizer.from_pretrained(**_where(path))
     except (OSError, ValueError, KeyError) as error:
@@ -56,16 +59,18 @@ class _Loaded:
     torch: Any  # the modules
     transformers: Any
     model: Any
+    device: str
     weights_bytes: int
 
 
-def _load(path: Path, named: str, threads: int | None, vocab_size: int | None) -> _Loaded:
+def _load(path: Path, named: str, threads: int | None, vocab_size: int | None, device: str) -> _Loaded:
     """Load the model at `path`, which messages call `named`; see `load`."""
     if not path.exists():
         raise UsageError(f"{named}: no such model directory or .gguf file")
     if path.is_file() and path.suffix != ".gguf":
         raise UsageError(f"{named}: wanted a Hugging Face model directory or a .gguf file")
     torch, transformers = _import(named)
+    place = _place(torch, device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if threads is not None:
@@ -74,14 +79,16 @@ def _load(path: Path, named: str, threads: int | None, vocab_size: int | None) -
         with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a progress bar that no setting turns off
             config = transformers.AutoConfig.from_pretrained(**_where(path))
             weights_bytes = 4 * _count_parameters(torch, transformers, config)
-            _check(named, config.vocab_size, vocab_size, weights_bytes)
+            _check(named, config.vocab_size, vocab_size)
+            _require_memory(torch, place, named, weights_bytes)
             model = transformers.AutoModelForCausalLM.from_pretrained(**_where(path), dtype=torch.float32).eval()
+            model.to(place)
     except ImportError as error:
         raise _missing(named, error) from None
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:  # all that from_pretrained throws
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{named}: transformers cannot load it ({type(error).__name__}: {reason})") from error
-    return _Loaded(torch, transformers, model, weights_bytes)
+    return _Loaded(torch, transformers, model, place, weights_bytes)
 
 
 def _where(path: Path) -> dict[str, Any]:
@@ -132,20 +139,40 @@ def _count_parameters(torch: Any, transformers: Any, config: Any) -> int:
     return sum(parameter.numel() for parameter in skeleton.parameters())
 
 
-def _check(named: str, found: int, wanted: int | None, weights_bytes: int) -> None:
-    import psutil
-
+def _check(named: str, found: int, wanted: int | None) -> None:
     if wanted is not None and found != wanted:
         raise UsageError(
             f"{named} has a vocabulary of {found} tokens, the .billm file one of {wanted}: "
             "give the model that the file was converted from"
         )
-    free = psutil.virtual_memory().available
-    if weights_bytes > free:
-        raise DoesNotFitError(
-            f"{named}: its weights take {weights_bytes / 1e9:.1f} GB in float32, "
-            f"but {free / 1e9:.1f} GB of memory are free: measure it on a larger machine"
-        )
+
+
+def _place(torch: Any, device: str) -> str:
+    """Return torch's name for a device; UsageError where torch does not see it."""
+    index, count = gpu_index(device), torch.cuda.device_count()
+    if index is None:
+        return "cpu"
+    if index < count:
+        return f"cuda:{index}"
+    found = f"sees {count} CUDA devices, counted from 0" if count else "sees no CUDA device"
+    raise UsageError(
+        f"--device {device}: torch {torch.__version__}, which runs the full-precision model, {found}; use --device cpu"
+    )
+
+
+def _require_memory(torch: Any, place: str, named: str, weights_bytes: int) -> None:
+    import psutil
+
+    # Weights come through the host's memory wherever they go.
+    rooms = {"memory": psutil.virtual_memory().available}
+    if place != "cpu":
+        rooms[f"memory on {place}"] = torch.cuda.mem_get_info(place)[0]
+    for what, free in rooms.items():
+        if weights_bytes > free:
+            raise DoesNotFitError(
+                f"{named}: its weights take {weights_bytes / 1e9:.1f} GB in float32, "
+                f"but {free / 1e9:.1f} GB of {what} are free: measure it on a larger machine"
+            )
 
 
 def _scorer(torch: Any, model: Any) -> Scorer:
@@ -155,10 +182,10 @@ def _scorer(torch: Any, model: Any) -> Scorer:
 
     def score(window: Ids, first: int) -> Iterator[Float32]:
         with torch.inference_mode():
-            ids = torch.from_numpy(np.ascontiguousarray(window[:-1]))[None]
+            ids = torch.from_numpy(np.ascontiguousarray(window[:-1]))[None].to(model.device)
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, first - 1 :]
             for start in range(0, len(hidden), rows):
-                yield head(hidden[start : start + rows]).numpy()
+                yield head(hidden[start : start + rows]).cpu().numpy()
 
     return score
 
@@ -168,6 +195,7 @@ class TransformersReader:
 
     def __init__(self, loaded: _Loaded, tokenizer: Any) -> None:
         """Hold nothing yet."""
+        self.device = loaded.device
         self.tokens: list[int] = []
         self._torch, self._model, self._tokenizer = loaded.torch, loaded.model, tokenizer
         self._new_cache = loaded.transformers.DynamicCache
@@ -196,12 +224,12 @@ class TransformersReader:
     def read(self, token_ids: list[int], *, logits: bool) -> Float32 | None:
         """Read tokens behind those held; return float32 [tokens, vocab_size] if wanted."""
         with self._torch.inference_mode():
-            ids = self._torch.tensor([token_ids])
+            ids = self._torch.tensor([token_ids], device=self._model.device)
             output = self._model.base_model(input_ids=ids, use_cache=True, **{self._cache_argument: self._cache})
             self.tokens += token_ids
             if not logits:
                 return None
-            result: Float32 = self._model.get_output_embeddings()(output.last_hidden_state[0]).numpy()
+            result: Float32 = self._model.get_output_embeddings()(output.last_hidden_state[0]).cpu().numpy()
             return result
 
 

@@ -221,23 +221,31 @@ def choose(
             raise UsageError(f"{name} {bits}: wanted 8 or 16")
     if threads is not None and not 1 <= threads <= 256:
         raise UsageError(f"--threads {threads}: wanted 1 to 256")
-    if device not in ("auto", "cpu") and re.fullmatch(r"cuda(:\d{1,3})?", device) is None:
-        raise UsageError(f"--device {device}: wanted auto, cpu, cuda or cuda:N")
+    index = gpu_index(device)
     if exact:
-        if device.startswith("cuda"):
+        if index is not None:
             raise UsageError(f"--device {device}: the exact path runs on the CPU alone")
         from billm_rt.reference import ReferenceBackend
 
         return ReferenceBackend("exact", "float32 NumPy, slow: the exact path was asked for")
-    if device.startswith("cuda"):
-        return _cuda(device, kv_bits)
+    if index is not None:
+        return _cuda(device, index, kv_bits)
     return _cpu(threads, activation_bits, kv_bits)
 
 
-def _cuda(device: str, kv_bits: int) -> Backend:
+def gpu_index(device: str) -> int | None:
+    """Return the number of the GPU that `device` names, None where it is the CPU; UsageError for other names."""
+    if device in ("auto", "cpu"):
+        return None
+    found = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
+    if found is None:
+        raise UsageError(f"--device {device}: wanted auto, cpu, cuda or cuda:N")
+    return int(found[1] or 0)
+
+
+def _cuda(device: str, index: int, kv_bits: int) -> Backend:
     from billm_rt.cuda.device import CupyDevice, unavailable_reason
 
-    index = int(device.partition(":")[2] or 0)
     why = unavailable_reason(index)
     if why is not None:
         raise UsageError(f"--device {device}: {why}; use --device cpu")

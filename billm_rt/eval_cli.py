@@ -80,7 +80,8 @@ def _reader(args: argparse.Namespace) -> Iterator[tuple[Reader, dict[str, Any]]]
     if args.model.is_dir() or args.model.suffix == ".gguf":
         from billm_rt import against
 
-        yield against.load_reader(args.model, args.threads), {"device": "cpu", "isa": "torch", "activations": "float32"}
+        reader = against.load_reader(args.model, args.threads, args.device)
+        yield reader, {"device": reader.device, "isa": "torch", "activations": "float32"}
         return
     with options.load_model(args.model, args) as model:
         yield BillmReader(model), options.describe(model)

@@ -18,7 +18,7 @@ from billm_format.command import add_common_options, add_model_options, emit_jso
 from billm_format.errors import UsageError
 from billm_format.layout import KINDS
 from billm_format.reader import BillmFile
-from billm_rt import options, ppl, texts
+from billm_rt import bench, options, ppl, texts
 from billm_rt.memory import peak_resident_bytes, resident_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from billm_rt.model import Model
 
 SCHEMA, SCHEMA_VERSION = "billm-ppl", 1
+_DECODED_TOKENS = 16  # one by one, to see how fast; twice, of which the first time does not count
 
 _EPILOG = """\
 examples:
@@ -197,7 +198,9 @@ def _measure(
     scorer, cache = ppl.model_scorer(model)
     with notes.progress(args.model.name) as progress:
         result = ppl.measure(parts, scorer, args.protocol, progress)
-    held = model.memory()
+    held, kv_bytes, on_device = model.memory(), cache.nbytes, model.device_memory()
+    # Last: a step of one token may take memory of its own.
+    _, decoding = bench.measure(model, [cache], 1, min(_DECODED_TOKENS, len(parts[0]) - 1), repeat=1)
     weights = {kind: held[f"weights.{kind}"] for kind in KINDS if kind not in ("tokenizer", "padding")}
     paper, true = model.file.bits()
     return {
@@ -207,14 +210,15 @@ def _measure(
         "protocol": args.protocol,
         "seqlen": len(parts[0]),
         **asdict(result),
+        "decode_tokens_per_s": decoding.median,
         "bits": {"paper": paper, "true": true},
         "memory": {
             "weights": weights,
             "weights_total": sum(weights.values()),
-            "kv_cache": cache.nbytes,
+            "kv_cache": kv_bytes,
             "rss": held["rss"],
             "peak_rss": held["peak_rss"],
-            "device": model.device_memory() or None,
+            "device": on_device or None,
         },
         "load_seconds": model.load_seconds,
         **options.describe(model),
@@ -226,13 +230,14 @@ def _compare(
 ) -> dict[str, Any]:
     from billm_rt import against
 
-    reference: Reference = against.load(args.against, model.config.vocab_size, args.threads)
+    reference: Reference = against.load(args.against, model.config.vocab_size, args.threads, args.device)
     divergence = ppl.Divergence() if args.kl is not False else None
     other = ppl.model_scorer(model)[0] if divergence else None
     with notes.progress(args.against.name) as progress:
         result = against.evaluate(reference, parts, args.protocol, progress, divergence, other)
     report: dict[str, Any] = {
         "model": str(args.against),
+        "device": reference.device,
         **asdict(result),
         "file_bytes": reference.file_bytes,
         "weights_bytes": reference.weights_bytes,
@@ -268,7 +273,8 @@ def _quality_rows(report: dict[str, Any]) -> Iterator[Row]:
         yield "KL divergence", f"{_number(other['kl'])} ± {_number(other['kl_stderr'])} nats per token", ""
         yield "same first choice", f"{other['top1']:.1%} of the tokens", ""
     yield _row("tokens scored", lambda r: f"{r['tokens']:,}", report, other)
-    yield _row("tokens/s", lambda r: f"{r['tokens_per_s']:,.1f}", report, other)
+    yield _row("tokens/s, reading", lambda r: f"{r['tokens_per_s']:,.1f}", report, other)
+    yield "tokens/s, decoding", f"{report['decode_tokens_per_s']:,.1f}", ""
 
 
 def _cost_rows(report: dict[str, Any]) -> Iterator[Row]:
@@ -289,7 +295,8 @@ def _cost_rows(report: dict[str, Any]) -> Iterator[Row]:
     if memory["tokenizing_peak_rss"] is not None:
         yield "tokenizing the text", f"{_bytes(memory['tokenizing_peak_rss'])} at most, in a process of its own", ""
     yield "load time", f"{report['load_seconds']:.3f} s", ""
-    yield "ran on", f"{report['device']} ({report['isa']}), {report['activations']} activations", ""
+    ours = f"{report['device']} ({report['isa']}), {report['activations']} activations"
+    yield "ran on", ours, f"{other['device']} (torch), float32" if other else ""
 
 
 def _device_rows(name: str, held: dict[str, int]) -> Iterator[Row]:

@@ -107,7 +107,7 @@ def streamed_reference(source: ModelSource, parts: list[ppl.Ids], device: torch.
                 yield F.linear(states[start : start + rows], head).cpu().numpy()
 
     weights = 4 * sum(torch.Size(source.shape(name)).numel() for name in source.names() if name != "rope.inv_freq")
-    return against.Reference(score, sum(file.stat().st_size for file in source.files()), weights)
+    return against.Reference(score, sum(file.stat().st_size for file in source.files()), weights, str(device))
 
 
 @torch.inference_mode()

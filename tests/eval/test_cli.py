@@ -88,6 +88,22 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
     assert err.count("\n") == 1
 
 
+def test_a_full_precision_model_runs_where_it_was_asked_to(
+    twins: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: {"cuda:1": (1000, 2000)}[place])
+    for device, code, message in (
+        ("tpu", 2, "--device tpu: wanted auto, cpu, cuda or cuda:N"),
+        ("cuda:2", 2, "which runs the full-precision model, sees 2 CUDA devices, counted from 0; use --device cpu"),
+        ("cuda:1", 4, "0.0 GB of memory on cuda:1 are free"),
+    ):
+        assert eval_cli.main([str(twins[1]), "--tasks", "piqa", "--device", device]) == code
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
 def test_a_missing_file_and_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert eval_cli.main([str(tmp_path / "none.billm"), "--tasks", "piqa"]) == 2
     assert "no such file" in capsys.readouterr().err
