@@ -199,14 +199,17 @@ class _Twin:
             torch.cuda.reset_peak_memory_stats(args.device)
         with torch.device(args.device):
             self._model = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
-        self._caches = transformers.StaticCache, transformers.DynamicCache
+        # One for all runs: what is compiled is compiled for these very buffers, and would be again for others.
+        self._static = None
+        if mode == "compiled":
+            self._static = transformers.StaticCache(config=shape, max_cache_len=args.context + args.gen)
+        self._new_cache = transformers.DynamicCache
         known = inspect.signature(self._model.forward).parameters
         self._cache_word = "cache" if "cache" in known else "past_key_values"  # it has changed
         self._wants_places = "cache_position" in known
         self._step = self._model
         if mode == "compiled":
             self._step = torch.compile(self._model, mode="reduce-overhead", fullgraph=True)
-        self._static = mode == "compiled"
 
     def __enter__(self) -> "_Twin":
         return self
@@ -221,10 +224,9 @@ class _Twin:
         torch, args = self._torch, self._args
         with torch.inference_mode(), torch.device(args.device):
             ids = torch.randint(0, self._model.config.vocab_size, (self._texts, args.context))
-            static, dynamic = self._caches
-            cache = dynamic()
-            if self._static:
-                cache = static(config=self._model.config, max_cache_len=args.context + args.gen)
+            cache = self._new_cache() if self._static is None else self._static
+            if self._static is not None:
+                self._static.reset()
             options = {self._cache_word: cache, "use_cache": True}
             self._wait()
             begun = time.perf_counter()
