@@ -1,6 +1,7 @@
 // Softmax attention over the cache, float32 but for keys and values [kv_heads, capacity, padded], padded being the head's
 // width rounded up to 8, the rest zeros. They are binary16 (u16), or whole numbers (i8) with a scale each [kv_heads,
 // capacity], which goes to the scores and to the weights. A query at position p sees keys max(0, p - window + 1) to p.
+// Of several texts, each has `per_text` tokens and a cache.
 #include "common.cuh"
 
 __device__ __forceinline__ int first_key(int position, int window) {
@@ -48,9 +49,8 @@ template <int COUNT> struct Running {
 // partial [tokens, heads, splits, padded + 2]: mixed values, largest, total; `combine` makes them one.
 template <int COUNT, int QUERIES, class Element>
 __global__ void __launch_bounds__(128) attend_few(
-    const float* query, const Element* keys, const Element* values, const float* key_scale, const float* value_scale,
-    const int* past, float* partial, int heads, int kv_heads, int width, int padded, int capacity, int query_stride,
-    int window
+    const float* query, const Cache* caches, float* partial, int per_text, int heads, int kv_heads, int width,
+    int padded, int query_stride, int window
 ) {
     constexpr bool SCALED = sizeof(Element) == 1;
     constexpr int KEYS = 4; // at a time, so that their sums across lanes overlap
@@ -58,11 +58,13 @@ __global__ void __launch_bounds__(128) attend_few(
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP, at = lane * COUNT;
     int per_kv = heads / kv_heads, sets = (per_kv + QUERIES - 1) / QUERIES;
     int kv_head = blockIdx.y / sets, in_group = blockIdx.y % sets * QUERIES, token = blockIdx.z;
-    int position = *past + token, begin = first_key(position, window), seen = position + 1 - begin;
+    Cache cache = caches[token / per_text];
+    int position = *cache.past + token % per_text, begin = first_key(position, window), seen = position + 1 - begin;
     int each = (seen + gridDim.x - 1) / gridDim.x;
     int first = begin + blockIdx.x * each, last = min(first + each, position + 1);
-    const Element* our_keys = keys + size_t(kv_head) * capacity * padded;
-    const Element* our_values = values + size_t(kv_head) * capacity * padded;
+    size_t of_head = size_t(kv_head) * cache.capacity;
+    const Element* our_keys = static_cast<const Element*>(cache.keys) + of_head * padded;
+    const Element* our_values = static_cast<const Element*>(cache.values) + of_head * padded;
     float q[QUERIES][COUNT];
     float root = rsqrtf(float(width));
     for (int i = 0; i < QUERIES; ++i) {
@@ -85,9 +87,8 @@ __global__ void __launch_bounds__(128) attend_few(
             }
             float scale = 1;
             if constexpr (SCALED) {
-                size_t of_key = size_t(kv_head) * capacity + at_key;
-                scale = key_scale[of_key];
-                for (int j = 0; j < COUNT; ++j) value[k][j] *= value_scale[of_key];
+                scale = cache.key_scale[of_head + at_key];
+                for (int j = 0; j < COUNT; ++j) value[k][j] *= cache.value_scale[of_head + at_key];
             }
             for (int i = 0; i < QUERIES; ++i) {
                 float sum = 0;
@@ -145,12 +146,11 @@ __global__ void combine(const float* partial, float* out, int heads, int width, 
     }
 }
 
-// Many queries: a block takes 4 warps * 4 consecutive tokens of one head (blockIdx.y) through tiles of 32 keys in shared
+// Many queries of one text: a block takes 4 warps * 4 consecutive tokens of one head (blockIdx.y) through tiles of 32 keys in shared
 // memory. For scores a lane is a key, for the values it holds COUNT pairs of elements.
 template <int COUNT, class Element>
 __global__ void __launch_bounds__(128) attend_many(
-    const float* query, const Element* keys, const Element* values, const float* key_scale, const float* value_scale,
-    const int* past, float* out, int tokens, int heads, int kv_heads, int width, int padded, int capacity,
+    const float* query, const Cache* caches, float* out, int tokens, int heads, int kv_heads, int width, int padded,
     int query_stride, int window
 ) {
     constexpr bool SCALED = sizeof(Element) == 1;
@@ -159,6 +159,9 @@ __global__ void __launch_bounds__(128) attend_many(
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP, pairs = padded / 2;
     int head = blockIdx.y, kv_head = head / (heads / kv_heads), of_block = warps * QUERIES;
     int first_token = blockIdx.x * of_block, mine = first_token + warp * QUERIES;
+    Cache cache = *caches;
+    int past = *cache.past;
+    size_t of_head = size_t(kv_head) * cache.capacity;
     float* q = reinterpret_cast<float*>(memory);             // [of_block, padded]
     float* weights = q + of_block * padded;                  // [warps, TILE, QUERIES]
     u32* tile = reinterpret_cast<u32*>(weights + of_block * TILE); // [TILE, pairs + 1]: keys, then values
@@ -169,18 +172,19 @@ __global__ void __launch_bounds__(128) attend_many(
         const float* from = query + size_t(token) * query_stride + size_t(head) * width;
         q[i] = element < width ? from[element] * root : 0.0f;
     }
-    auto load_tile = [&](const Element* cache, int key, int end) {
+    auto load_tile = [&](const void* from, int key, int end) {
         __syncthreads(); // what was there has been read
         for (int i = threadIdx.x; i < TILE * pairs; i += blockDim.x) {
-            size_t row = size_t(kv_head) * capacity + min(key + i / pairs, end - 1);
-            tile[i / pairs * stride + i % pairs] = load_pair(cache + row * padded + 2 * (i % pairs));
+            size_t row = of_head + min(key + i / pairs, end - 1);
+            tile[i / pairs * stride + i % pairs] =
+                load_pair(static_cast<const Element*>(from) + row * padded + 2 * (i % pairs));
         }
         __syncthreads();
     };
     Running<2 * COUNT> running[QUERIES];
-    int begin = first_key(*past + first_token, window), end = *past + min(first_token + of_block, tokens);
+    int begin = first_key(past + first_token, window), end = past + min(first_token + of_block, tokens);
     for (int key = begin; key < end; key += TILE) {
-        load_tile(keys, key, end);
+        load_tile(cache.keys, key, end);
         float score[QUERIES] = {};
         for (int pair = 0; pair < pairs; ++pair) {
             u32 both = tile[lane * stride + pair];
@@ -193,13 +197,13 @@ __global__ void __launch_bounds__(128) attend_many(
         }
         float factor[QUERIES], of_value = 1;
         if constexpr (SCALED) {
-            size_t of_key = size_t(kv_head) * capacity + min(key + lane, end - 1);
-            of_value = value_scale[of_key];
-            for (int i = 0; i < QUERIES; ++i) score[i] *= key_scale[of_key];
+            size_t of_key = of_head + min(key + lane, end - 1);
+            of_value = cache.value_scale[of_key];
+            for (int i = 0; i < QUERIES; ++i) score[i] *= cache.key_scale[of_key];
         }
 #pragma unroll
         for (int i = 0; i < QUERIES; ++i) {
-            int position = *past + mine + i, at = key + lane;
+            int position = past + mine + i, at = key + lane;
             bool seen = at < end && at <= position && at >= first_key(position, window);
             float highest = warp_max(seen ? score[i] : -infinity());
             factor[i] = running[i].rescale(highest);
@@ -207,7 +211,7 @@ __global__ void __launch_bounds__(128) attend_many(
             running[i].total = running[i].total * factor[i] + warp_sum(weight);
             weights[(warp * TILE + lane) * QUERIES + i] = weight * of_value;
         }
-        load_tile(values, key, end); // its barriers show the weights to the warp as well
+        load_tile(cache.values, key, end); // its barriers show the weights to the warp as well
 #pragma unroll
         for (int i = 0; i < QUERIES; ++i) {
             for (int j = 0; j < 2 * COUNT; ++j) running[i].mixed[j] *= factor[i];

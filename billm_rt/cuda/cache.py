@@ -26,12 +26,12 @@ class KeysValues:
     data: Any  # [2, kv_heads, capacity, padded], keys first; elements behind head_dim are zero
     scale: Any  # float32 [2, kv_heads, capacity] for int8, None for binary16
 
-    @property
-    def arguments(self) -> tuple[Any, Any, Any, Any]:
-        """Keys, values and their scales, as kernels take them."""
-        if self.scale is None:
-            return self.data[0], self.data[1], None, None
-        return self.data[0], self.data[1], self.scale[0], self.scale[1]
+    def describe(self, entry: Any, device: Device, past: Any) -> None:
+        """Fill in a `CACHE`; `past`, int32 [1] on the device: how many tokens are there already."""
+        entry["keys"], entry["values"] = map(device.pointer, self.data)
+        if self.scale is not None:
+            entry["key_scale"], entry["value_scale"] = map(device.pointer, self.scale)
+        entry["past"], entry["capacity"] = device.pointer(past), self.capacity
 
     @property
     def capacity(self) -> int:
@@ -55,12 +55,26 @@ class KeysValues:
         return KeysValues(data, scale)
 
 
-class Place(NamedTuple):
-    """Some tokens of a step: behind which cache they go."""
+class View(NamedTuple):
+    """The caches of the texts of a step, as kernels find them."""
 
-    rows: slice  # of the step's tokens
-    held: list[KeysValues]  # by layer, with room for them
-    past: Any  # how many tokens are there already, int32 [1] on the device
+    layers: Any  # `CACHE` [layers, texts] as bytes on the device
+    texts: int
+    dtype: np.dtype[Any]  # of keys and values
+    padded: int  # elements of a head
+    capacity: int  # tokens that the largest has room for
+
+
+def _view(device: Device, caches: Sequence["DeviceCache"], pasts: Any) -> View:
+    """Describe caches of one model; `pasts` is int32 [texts] on the device."""
+    held = [cache.reserve(0) for cache in caches]
+    table = np.zeros((len(held[0]), len(held)), launch.CACHE)
+    for text, layers in enumerate(held):
+        for layer, keys_values in enumerate(layers):
+            keys_values.describe(table[layer, text], device, pasts[text : text + 1])
+    padded = int(held[0][0].data.shape[3])
+    longest = max(cache.capacity for cache in caches)
+    return View(device.upload(table.view(np.uint8)), len(held), caches[0].dtype, padded, longest)
 
 
 class DeviceCache(KVCache):
@@ -101,7 +115,6 @@ class DeviceCache(KVCache):
         if needed <= self._capacity:
             return self._held
         self._device.wait()
-        self._steps.forget()
         capacity = grown_capacity(self._capacity, needed, self.ctx)
         for layer in range(len(self._held)):  # each on its own: an interrupt may fall between two
             if capacity > self._held[layer].capacity:
@@ -110,9 +123,10 @@ class DeviceCache(KVCache):
         self._capacity = min((held.capacity for held in self._held), default=capacity)
         return self._held
 
-    def places(self, tokens: int) -> list[Place]:
-        """Return where the tokens of a step go: all behind what is held."""
-        return [Place(slice(0, tokens), self.reserve(tokens), self.past)]
+    @property
+    def view(self) -> View:
+        """The cache as kernels find it, until it grows."""
+        return self._steps.view((self,))
 
     def run(self, step: Step, kind: str, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Any:
         """Return step(ids, positions) for tokens to be written behind those held, see `Steps.run`."""
@@ -128,21 +142,15 @@ class DeviceBatch(CacheBatch):
         self._caches = tuple(caches)
         self._steps = Steps(device, len(caches), len(caches))
 
-    def places(self, tokens: int) -> list[Place]:
-        """Return where the tokens of a step go: one behind each cache."""
-        pasts = self._steps.pasts
-        return [Place(slice(i, i + 1), cache.reserve(1), pasts[i : i + 1]) for i, cache in enumerate(self._caches)]
-
-    def reserve(self) -> None:
-        """Grow the caches until a token more fits into each."""
-        if any(len(cache) == cache.capacity for cache in self._caches):
-            self._steps.forget()
-        for cache in self._caches:
-            cache.reserve(1)
+    @property
+    def view(self) -> View:
+        """The caches as kernels find them, until one of them grows."""
+        return self._steps.view(self._caches)
 
     def run(self, step: Step, kind: str, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Any:
         """Return step(ids, positions) for a token to be written behind each cache, see `Steps.run`."""
-        self.reserve()
+        for cache in self._caches:
+            cache.reserve(1)
         return self._steps.run(step, kind, token_ids, positions, self._caches)
 
 
@@ -156,7 +164,8 @@ class Steps:
         self._state = device.zeros((texts + 2 * longest,), np.int32)
         self._state_here = device.pinned((texts + 2 * longest,), np.int32)
         self._recorded: dict[tuple[int, str], Recording | None] = {}
-        self._capacities: tuple[int, ...] = ()  # of the caches that steps were recorded with
+        self._view: View | None = None
+        self._capacities: tuple[int, ...] = ()  # of the caches, when the view was made
 
     @property
     def pasts(self) -> Any:
@@ -178,10 +187,7 @@ class Steps:
         """
         count = token_ids.size
         self._device.wait()  # until nobody reads what is written now
-        capacities = tuple(cache.capacity for cache in caches)
-        if capacities != self._capacities:
-            self.forget()
-            self._capacities = capacities
+        self.view(caches)
         state = [*map(len, caches), *token_ids.tolist(), *positions.tolist()]
         self._state_here[: len(state)] = state
         key = count, kind
@@ -195,9 +201,13 @@ class Steps:
         recorded.replay()
         return recorded.result
 
-    def forget(self) -> None:
-        """Drop what is recorded, to be recorded anew: it holds the memory of caches that are about to grow."""
-        self._recorded = dict.fromkeys(self._recorded)
+    def view(self, caches: Sequence[DeviceCache]) -> View:
+        """Return what describes the caches; where one has grown, it is made anew, and so will be what was recorded."""
+        capacities = tuple(cache.capacity for cache in caches)
+        if self._view is None or capacities != self._capacities:
+            self._recorded = dict.fromkeys(self._recorded)
+            self._view, self._capacities = _view(self._device, caches, self.pasts), capacities
+        return self._view
 
     def _take(self, step: Step, count: int) -> Any:
         ids, positions, end = (self._texts + n * count for n in range(3))

@@ -82,3 +82,13 @@ struct Linear {
     int first_cta, ctas; // the thread blocks that work on it
     int padding;
 };
+
+// The keys and values that one layer holds of one text, as `CACHE` in launch.py lays it out: [kv_heads, capacity, padded]
+// of the kernel's Element, and the scale of each, float [kv_heads, capacity], where that is i8.
+struct Cache {
+    void *keys, *values;
+    float *key_scale, *value_scale; // null for binary16
+    const int* past;                // how many tokens the text has, those of this step apart
+    int capacity;                   // tokens
+    int padding;
+};

@@ -31,21 +31,21 @@ __device__ __forceinline__ u16 clamped_half(float value) {
 }
 
 // qkv [tokens, (heads + 2 kv_heads) * width]: query heads are normed (q_norm may be null) and turned where they are (cos
-// and sin [positions, width / 2], may be null), keys likewise on their way into the cache, values as they are. The cache
-// is [kv_heads, capacity, padded]: binary16 (u16), or whole numbers up to 127 (i8) with a scale each [kv_heads, capacity];
-// *past tokens are in it. A warp a head; blockIdx.y is the token.
+// and sin [positions, width / 2], may be null), keys likewise on their way into the cache, values as they are: as binary16
+// (u16), or as whole numbers up to 127 (i8) times a scale. Of several texts, each has `per_text` tokens and a cache. A warp
+// a head; blockIdx.y is the token.
 template <class Element>
 __global__ void rotate_and_store(
-    float* qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, Element* keys,
-    Element* values, float* key_scale, float* value_scale, const int* past, int heads, int kv_heads, int width,
-    int padded, int capacity, float eps
+    float* qkv, const float* q_norm, const float* k_norm, const float* cos, const float* sin, const Cache* caches,
+    int per_text, int heads, int kv_heads, int width, int padded, float eps
 ) {
     int lane = threadIdx.x % WARP, head = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, token = blockIdx.y;
     int all = heads + 2 * kv_heads;
     if (head >= all) return;
     float* from = qkv + (size_t(token) * all + head) * width;
     bool is_query = head < heads, is_value = head >= heads + kv_heads;
-    int position = *past + token, half = width / 2;
+    Cache cache = caches[token / per_text];
+    int position = *cache.past + token % per_text, half = width / 2;
     const float* weight = is_query ? q_norm : is_value ? nullptr : k_norm;
     float factor = 1;
     if (weight) {
@@ -70,8 +70,8 @@ __global__ void rotate_and_store(
         turn([&](int i, float number) { from[i] = number; });
         return;
     }
-    size_t row = size_t(is_value ? head - heads - kv_heads : head - heads) * capacity + position;
-    Element* cached = (is_value ? values : keys) + row * padded;
+    size_t row = size_t(is_value ? head - heads - kv_heads : head - heads) * cache.capacity + position;
+    Element* cached = static_cast<Element*>(is_value ? cache.values : cache.keys) + row * padded;
     if constexpr (sizeof(Element) == 2) {
         turn([&](int i, float number) { cached[i] = clamped_half(number); });
     } else {
@@ -81,7 +81,7 @@ __global__ void rotate_and_store(
         // A head of zeros keeps scale 0 and codes 0: dividing by the smallest float instead of 0 sees to that.
         float by = fmaxf(scale, 1.17549435e-38f);
         turn([&](int i, float number) { cached[i] = Element(fminf(fmaxf(rintf(number / by), -127.0f), 127.0f)); });
-        if (lane == 0) (is_value ? value_scale : key_scale)[row] = scale;
+        if (lane == 0) (is_value ? cache.value_scale : cache.key_scale)[row] = scale;
     }
 }
 

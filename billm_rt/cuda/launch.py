@@ -33,6 +33,12 @@ LINEAR = np.dtype(
     + [(name, np.int32) for name in ("rows", "cols", "first_row", "first_cta", "ctas", "padding")]
 )
 
+# `struct Cache` of common.cuh: pointers and the room for tokens.
+CACHE = np.dtype(
+    [(name, np.uint64) for name in ("keys", "values", "key_scale", "value_scale", "past")]
+    + [(name, np.int32) for name in ("capacity", "padding")]
+)
+
 
 class Kernel(NamedTuple):
     """One variant: the file and the C++ expression that names it."""

@@ -9,7 +9,7 @@ from billm_format.config import ModelConfig
 from billm_rt.backend import Activation, Layer, Norm
 from billm_rt.cache import Texts
 from billm_rt.cuda import launch
-from billm_rt.cuda.cache import DeviceBatch, DeviceCache, KeysValues, Place
+from billm_rt.cuda.cache import DeviceBatch, DeviceCache, View
 from billm_rt.cuda.device import Device
 
 _ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")  # in the order of decoder.cu
@@ -42,40 +42,39 @@ class DeviceLayers:
         """
         if not isinstance(texts, DeviceCache | DeviceBatch):
             raise TypeError("caches: wanted those of this device")
-        delta, places = None, texts.places(x.shape[0])  # delta: what is still to be added to x
+        delta, view = None, texts.view  # delta: what is still to be added to x
         for index, layer in enumerate(self._layers):
-            delta = self._layer(x, delta, layer, index, places, rotary)
+            delta = self._layer(x, delta, layer, index, view, rotary)
         if delta is not None:
             add(self._device, x, delta)
 
-    def _layer(self, x: Any, delta: Any, layer: Layer, index: int, places: Sequence[Place], rotary: Any) -> Any:
+    def _layer(self, x: Any, delta: Any, layer: Layer, index: int, view: View, rotary: Any) -> Any:
         device, eps = self._device, self._config.norm_eps
         if self._config.norm_position == "pre":
             normed = normalize(device, x, layer.attn_norm, eps, delta, keep=True)
-            attended = self._attention(normed, layer, index, places, rotary)
+            attended = self._attention(normed, layer, index, view, rotary)
             return self._mlp(normalize(device, x, layer.mlp_norm, eps, attended, keep=True), layer)
-        normalize(device, x, layer.attn_norm, eps, self._attention(x, layer, index, places, rotary), keep=False)
+        normalize(device, x, layer.attn_norm, eps, self._attention(x, layer, index, view, rotary), keep=False)
         normalize(device, x, layer.mlp_norm, eps, self._mlp(x, layer), keep=False)
         return None
 
-    def _attention(self, x: Any, layer: Layer, index: int, places: Sequence[Place], rotary: Any) -> Any:
+    def _attention(self, x: Any, layer: Layer, index: int, view: View, rotary: Any) -> Any:
         device, config = self._device, self._config
         qkv = layer.qkv.multiply(x)
         mixed = device.empty((x.shape[0], config.query_size), np.float32)
-        for rows, held, past in places:
-            self._store(qkv[rows], layer, held[index], past, rotary)
-            attend(device, qkv[rows], held[index], past, config, mixed[rows])
+        self._store(qkv, layer, index, view, rotary)
+        attend(device, qkv, index, view, config, mixed)
         return layer.o.multiply(mixed)
 
-    def _store(self, qkv: Any, layer: Layer, held: KeysValues, past: Any, rotary: Any) -> None:
-        """Turn queries and keys of some tokens of one text, and put keys and values into its cache."""
+    def _store(self, qkv: Any, layer: Layer, index: int, view: View, rotary: Any) -> None:
+        """Turn queries and keys, and put keys and values into the caches."""
         config = self._config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         cos, sin = (None, None) if rotary is None else rotary
-        capacity, padded = held.data.shape[2:]
-        kernel, size = launch.rotate_and_store(held.data.dtype), launch.per_head(heads + 2 * kv_heads, qkv.shape[0])
-        pointers = (qkv, layer.q_norm, layer.k_norm, cos, sin, *held.arguments, past)
-        numbers = map(np.int32, (heads, kv_heads, config.head_dim, padded, capacity))
+        tokens = qkv.shape[0]
+        kernel, size = launch.rotate_and_store(view.dtype), launch.per_head(heads + 2 * kv_heads, tokens)
+        pointers = (qkv, layer.q_norm, layer.k_norm, cos, sin, view.layers[index])
+        numbers = map(np.int32, (tokens // view.texts, heads, kv_heads, config.head_dim, view.padded))
         self._device.launch(kernel, size, *pointers, *numbers, np.float32(config.norm_eps))
 
     def _mlp(self, x: Any, layer: Layer) -> Any:
@@ -88,24 +87,25 @@ class DeviceLayers:
         return layer.down.multiply(out)
 
 
-def attend(device: Device, qkv: Any, held: KeysValues, past: Any, config: ModelConfig, out: Any) -> None:
+def attend(device: Device, qkv: Any, index: int, view: View, config: ModelConfig, out: Any) -> None:
     """Write the mixed values [tokens, heads * head_dim] for queries at the start of each row of qkv.
 
-    `held` is one layer's cache, which already has these tokens' keys behind the first *past.
+    `view` is of caches whose layer `index` has these tokens' keys behind those that are counted; every text has as
+    many tokens, and many of them only if it is the only one.
     """
     tokens, stride = qkv.shape
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    capacity, padded = held.data.shape[2:]
     window = config.sliding_window or 0
-    shape = (heads, kv_heads, width, padded, capacity, stride, window)
-    if tokens > launch.FEW_TOKENS:
-        kernel, size = launch.attend_many(tokens, heads, width, held.data.dtype)
-        device.launch(kernel, size, qkv, *held.arguments, past, out, *map(np.int32, (tokens, *shape)))
+    shape = (heads, kv_heads, width, view.padded, stride, window)
+    per_text = tokens // view.texts
+    if per_text > launch.FEW_TOKENS:
+        kernel, size = launch.attend_many(tokens, heads, width, view.dtype)
+        device.launch(kernel, size, qkv, view.layers[index], out, *map(np.int32, (tokens, *shape)))
         return
     # Split for a full cache: a step that is replayed sees more keys each time.
-    seen = min(capacity, window or capacity)
-    few = launch.attend_few(tokens, seen, heads, kv_heads, width, held.data.dtype, device.multiprocessors)
-    partial = device.empty((tokens, heads, few.splits, padded + 2), np.float32)
-    device.launch(few.kernel, few.size, qkv, *held.arguments, past, partial, *map(np.int32, shape))
+    seen = min(view.capacity, window or view.capacity)
+    few = launch.attend_few(tokens, seen, heads, kv_heads, width, view.dtype, device.multiprocessors)
+    partial = device.empty((tokens, heads, few.splits, view.padded + 2), np.float32)
+    device.launch(few.kernel, few.size, qkv, view.layers[index], partial, *map(np.int32, (per_text, *shape)))
     size = launch.per_row_of_heads(heads, tokens)
-    device.launch(launch.COMBINE, size, partial, out, *map(np.int32, (heads, width, padded, few.splits)))
+    device.launch(launch.COMBINE, size, partial, out, *map(np.int32, (heads, width, view.padded, few.splits)))

@@ -1,5 +1,6 @@
 """Each kernel, emulated and on a GPU, against float64 NumPy on fresh random inputs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from billm_format.config import ModelConfig
 from billm_format.packing import Table
 from billm_rt.backend import Norm
 from billm_rt.cuda import launch
-from billm_rt.cuda.cache import DeviceCache, KeysValues
+from billm_rt.cuda.cache import DeviceBatch, DeviceCache, KeysValues, View
 from billm_rt.cuda.device import Device
 from billm_rt.cuda.layers import attend, normalize
 from billm_rt.cuda.linear import LinearGroup
@@ -194,11 +195,20 @@ def values_of(held: KeysValues, device: Device) -> np.ndarray:
     return data if held.scale is None else data * device.download(held.scale)[..., None]
 
 
-def mixed(device: Device, qkv: Any, held: KeysValues, past: Any, config: ModelConfig) -> np.ndarray:
+def mixed(device: Device, qkv: Any, view: View, config: ModelConfig) -> np.ndarray:
     """Return what attention makes of the queries."""
     out = device.empty((qkv.shape[0], config.query_size), np.float32)
-    attend(device, qkv, held, past, config, out)
+    attend(device, qkv, 0, view, config, out)
     return device.download(out)
+
+
+def store(device: Device, qkv: Any, weights: Sequence[Any], view: View, config: ModelConfig) -> None:
+    """Put keys and values into the only layer; `weights`: norms of queries and keys, cosines and sines, or None."""
+    heads, kv_heads, tokens = config.num_attention_heads, config.num_key_value_heads, qkv.shape[0]
+    size = launch.per_head(heads + 2 * kv_heads, tokens)
+    numbers = map(np.int32, (tokens // view.texts, heads, kv_heads, config.head_dim, view.padded))
+    kernel = launch.rotate_and_store(view.dtype)
+    device.launch(kernel, size, qkv, *weights, view.layers[0], *numbers, np.float32(1e-5))
 
 
 @pytest.mark.parametrize("width", [16, 24, 64, 80, 128, 200, 256])
@@ -227,12 +237,9 @@ def test_cache_and_attention(
             query, key = references.normed(query, q_norm, None, 1e-5), references.normed(key, k_norm, None, 1e-5)
         query, key = references.turned(query, angle[past:]), references.turned(key, angle[past:])
 
-        size = launch.per_head(heads + 2 * kv_heads, tokens)
         there = device.upload(qkv)
         norms = (device.upload(norm) if normed else None for norm in (q_norm, k_norm))
-        pointers = (there, *norms, device.upload(cos), device.upload(sin), *held.arguments, cache.past)
-        numbers = map(np.int32, (heads, kv_heads, width, held.data.shape[3], held.capacity))
-        device.launch(launch.rotate_and_store(held.data.dtype), size, *pointers, *numbers, np.float32(1e-5))
+        store(device, there, (*norms, device.upload(cos), device.upload(sin)), cache.view, config)
         assert references.error(device.download(there)[:, : heads * width], query.reshape(tokens, -1)) < 1e-5
         numbers_held = values_of(held, device)
         for new, wanted in zip(numbers_held[:, :, past : past + tokens, :width], (key, value), strict=True):
@@ -243,10 +250,36 @@ def test_cache_and_attention(
             ).all()
         assert not numbers_held[:, :, past + tokens :].any() and not numbers_held[..., width:].any()
 
-        found = mixed(device, there, held, cache.past, config)
+        found = mixed(device, there, cache.view, config)
         seen = numbers_held[:, :, : past + tokens, :width]
         wanted = references.attention(query, seen[0], seen[1], past, window)
         assert references.error(found, wanted.reshape(tokens, -1)) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_texts_side_by_side(bits: int, device: Device, rng: np.random.Generator) -> None:
+    """A token behind each of some caches of different lengths and room, all by one launch of each kernel."""
+    heads, kv_heads, width, texts = 6, 2, 24, int(rng.integers(2, 12))
+    window = int(rng.choice([0, 40]))
+    config = tiny_config(
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width, sliding_window=window or None,
+        num_hidden_layers=1,
+    )  # fmt: skip
+    caches = [DeviceCache(config, int(rng.integers(200, 600)), device, bits) for _ in range(texts)]
+    pasts = rng.integers(0, 150, texts)
+    held = [fill(cache, width, past, 1, device, rng) for cache, past in zip(caches, pasts.tolist(), strict=True)]
+    batch = DeviceBatch(device, caches)
+    batch._steps.pasts[...] = device.upload(pasts.astype(np.int32))
+    qkv = rng.standard_normal((texts, (heads + 2 * kv_heads) * width)).astype(np.float32)
+    there = device.upload(qkv)
+    store(device, there, (None, None, None, None), batch.view, config)
+    found = mixed(device, there, batch.view, config)
+    for text, past in enumerate(pasts.tolist()):
+        query, key, value = np.split(qkv[text].astype(np.float64).reshape(1, -1, width), [heads, heads + kv_heads], 1)
+        seen = values_of(held[text], device)[:, :, : past + 1, :width]
+        assert np.abs(seen[:, :, past] - np.stack([key[0], value[0]])).max() < np.abs(qkv).max() / 250
+        wanted = references.attention(query, seen[0], seen[1], past, window)
+        assert references.error(found[text : text + 1], wanted.reshape(1, -1)) < 1e-4
 
 
 @pytest.mark.parametrize("bits", [16, 8])

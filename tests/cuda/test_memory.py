@@ -85,7 +85,8 @@ def test_a_cache_that_grows_leaves_nothing_behind(
         old, was = first.nbytes, [weakref.ref(cache.reserve(0)[0].data.base) for cache in caches]
         first.reserve(1)
         assert first.nbytes == 2 * old and device.usage().pool == device.held
-        batch.reserve()
+        first.truncate(len(first) - 1)
+        model.forward_each([5, 6], batch)
         gc.collect()
         assert second.nbytes == 2 * old and [reference() for reference in was] == [None, None]
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from cuda import references
 from cuda.emulator import EmulatedDevice
-from cuda.test_kernels import fill, mixed, values_of
+from cuda.test_kernels import fill, mixed, store, values_of
 from random_linear import RandomLinear
 from random_model import tiny_config
 
 from billm_format.packing import Table
 from billm_rt.cuda import launch
-from billm_rt.cuda.cache import DeviceCache
+from billm_rt.cuda.cache import DeviceBatch, DeviceCache
 from billm_rt.cuda.launch import Kernel
 from billm_rt.cuda.linear import LinearGroup
 from billm_rt.cuda.logits import DeviceLogits
@@ -47,17 +47,31 @@ def attention(bits: int) -> Check:
         held = fill(cache, 16, 69, 1, device, rng)
         qkv = rng.standard_normal((1, 96)).astype(np.float32)
         query, key, value = qkv.astype(np.float64).reshape(3, 2, 1, 16)
-        pointers = (qkv, None, None, None, None, *held.arguments, cache.past)
-        numbers = (*map(np.int32, (2, 2, 16, 16, 128)), np.float32(1))
-        device.launch(launch.rotate_and_store(held.data.dtype), launch.per_head(6, 1), *pointers, *numbers)
+        store(device, qkv, (None, None, None, None), cache.view, config)
         there = values_of(held, device)[:, :, :70]
         step = np.abs([key, value]).max() / (2000 if bits == 16 else 250)
         if np.abs(there[:, :, 69:] - np.stack([key, value])).max() > step:
             return 1
         wanted = references.attention(query.reshape(1, 2, 16), there[0], there[1], 69, 0)
-        return references.error(mixed(device, qkv, held, cache.past, config), wanted.reshape(1, 32))
+        return references.error(mixed(device, qkv, cache.view, config), wanted.reshape(1, 32))
 
     return check
+
+
+def texts(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Generator) -> float:
+    """Return the error of one query of the second of two texts."""
+    config = tiny_config(num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_hidden_layers=1)
+    caches = [DeviceCache(config, 128, device) for _ in range(2)]
+    held = [fill(cache, 16, past, 1, device, rng) for cache, past in zip(caches, (5, 69), strict=True)]
+    batch = DeviceBatch(device, caches)
+    batch._steps.pasts[...] = 5, 69
+    qkv = rng.standard_normal((2, 96)).astype(np.float32)
+    store(device, qkv, (None, None, None, None), batch.view, config)
+    there, new = values_of(held[1], device)[:, :, :70], qkv[1].astype(np.float64).reshape(3, 2, 16)
+    if np.abs(there[:, :, 69] - new[1:]).max() > np.abs(new).max() / 2000:
+        return 1
+    wanted = references.attention(new[:1], there[0], there[1], 69, 0)
+    return references.error(mixed(device, qkv, batch.view, config)[1:], wanted.reshape(1, 32))
 
 
 def sampling(device: EmulatedDevice, random_linear: RandomLinear, rng: np.random.Generator) -> float:
@@ -82,6 +96,10 @@ ATTEND = [
     launch.COMBINE,
     *(launch.rotate_and_store(np.dtype(dtype)) for dtype in (np.float16, np.int8)),
 ]
+OF_TEXT, OF_FIRST = (
+    f"Cache cache = caches[{index}];\n    int position = *cache.past + token %% per_text, %s"
+    for index in ("token / per_text", "0")
+)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +112,12 @@ ATTEND = [
         pytest.param(head, [HEAD], "values[start + i]) * few", "values[start]) * few", id="head"),
         pytest.param(attention(16), ATTEND, "min(first + each, position + 1)", "position", id="key"),
         pytest.param(attention(8), ATTEND, "warp_sum(sum) * scale", "warp_sum(sum)", id="key scale"),
-        pytest.param(attention(8), ATTEND, "*= value_scale[of_key]", "*= key_scale[of_key]", id="value scale"),
+        pytest.param(
+            attention(8), ATTEND, "*= cache.value_scale[of_head", "*= cache.key_scale[of_head", id="value scale"
+        ),
         pytest.param(attention(8), ATTEND, "number / by", "number * by", id="code"),
+        pytest.param(texts, ATTEND, OF_TEXT % "begin", OF_FIRST % "begin", id="text"),
+        pytest.param(texts, ATTEND, OF_TEXT % "half", OF_FIRST % "half", id="cache"),
         pytest.param(sampling, SAMPLE, "logit / ask->penalty", "logit * ask->penalty", id="penalty"),
         pytest.param(sampling, SAMPLE, "min((group + 1) * size, vocab)", "(group + 1) * size", id="sum"),
         pytest.param(sampling, SAMPLE, "all[i] > mine ||", "all[i] < mine ||", id="rank"),
