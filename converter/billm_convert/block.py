@@ -178,7 +178,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, start: int, window: int | 
         if tokens == 1:
             # The newest token sees everything, so the heads that share keys can pose as tokens: nothing is expanded.
             shared = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
-            return F.scaled_dot_product_attention(shared, key, value).view(query.shape)
+            # On a GPU the result need not lie in memory as the query does: a view may not do.
+            return F.scaled_dot_product_attention(shared, key, value).reshape(query.shape)
     at = torch.arange(start, start + tokens, device=query.device)[:, None]
     seen = torch.arange(positions, device=query.device)
     mask = seen <= at
