@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -99,6 +99,7 @@ class Conversion:
             self.config, tokens, min(tokens, self._batch() * self.seqlen), streams=1 + (settings.recipe in FOLLOWED)
         )
         self.memory = {"binarizing": plan}  # by stage
+        self._place = self.device  # of hidden states, where there is room
         self._linears: list[LinearReport] = []
 
     def say(self, text: str) -> None:
@@ -158,7 +159,12 @@ class Conversion:
 
     def _check_room(self, work: WorkFolder) -> None:
         """Raise DoesNotFitError for too little memory or disk, before hours of work rather than after."""
-        resources.check_memory(self.memory["binarizing"], self.device)
+        plan = self.memory["binarizing"]
+        self._place = resources.hidden_place(plan, self.device)
+        if self.device.type == "cuda":
+            where = "on the device" if self._place == self.device else "in the host's memory"
+            self.say(f"the text's hidden states ({plan['hidden_states'] / 1e9:.2f} GB) are kept {where}")
+        resources.check_memory(plan, self.device, self._place)
         training = 0
         effort = EFFORTS[self.settings.effort] if self.settings.recipe == TUNED else None
         if effort:
@@ -212,7 +218,7 @@ class Conversion:
             "model": self.source.identity(),
             "calibration text": [[text.name, text.sha256] for text in self.texts],
             "program": resources.code_digest(),
-            "device": str(self.device),
+            "device": resources.device_model(self.device),
             "--threads": torch.get_num_threads(),
             **{f"--{key.replace('_', '-')}": value for key, value in self.chosen().items()},
             **_versions(),
@@ -270,10 +276,8 @@ class Conversion:
         if self.config.position == "rope":
             rotary = Rotary(self.source.tensor("rope.inv_freq").to(self.device), self.config.rope_scale, self.seqlen)
         followed = self.settings.recipe in FOLLOWED
-        hidden, batch = self._embed(work, tokens), self._batch()
-        stream: Stream = Stream(self.config, hidden, batch, self.device)
-        if followed:
-            stream = FollowedStream(self.config, hidden, batch, self.device, quick=True)
+        make_stream: Callable[..., Stream] = partial(FollowedStream, quick=True) if followed else Stream
+        stream = make_stream(self.config, self._embed(work, tokens), self._batch(), self.device, self._place)
         for layer in range(layers):
             weights = {name: value.to(self.device) for name, value in self.source.layer(layer).items()}
             block = DecoderBlock(self.config, weights, rotary)
@@ -316,7 +320,7 @@ class Conversion:
                     figures[name] = linear_figures(original, inputs.hessian, solved.searches)
                 bias = weights.get(f"{linear}.bias")
                 stored |= packed_tensors(name, solved.packed, None if bias is None else bias.cpu().numpy())
-                weights[f"{linear}.weight"] = torch.from_numpy(solved.packed.dequantize()).to(self.device)
+                weights[f"{linear}.weight"] = solved.weight
                 reports.append(
                     LinearReport(
                         name=name,
