@@ -1,5 +1,6 @@
 """A whole conversion: one decoder block in memory at a time, each calibrated on the binarized blocks before it."""
 
+import contextlib
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from billm_convert.settings import (
     FOLLOWED,
     GPU_CALIBRATION,
     MAX_LEVEL,
+    STAGES,
     TUNED,
     TUNING_TOKENS,
     CheckReport,
@@ -44,7 +46,7 @@ from billm_convert.tune import Tuning
 from billm_convert.tune_train import product_dtype
 from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import ModelConfig, Quantization
-from billm_format.errors import UsageError
+from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import CHAT_TEMPLATE, TOKENIZER, linear_names
 from billm_format.packing import PackedLinear
 from billm_format.reader import BillmFile
@@ -78,7 +80,8 @@ class Conversion:
         self.out = out
         self.folder = settings.report and illustrate.check_folder(settings.report, out)
         self.settings = settings
-        self._progress = progress
+        self._watcher = progress
+        self._stage = STAGES["blocks"]  # what is being done
         self.source: ModelSource = open_model(model)
         self.config: ModelConfig = self.source.config
         self.device = resources.choose_device(settings.device)
@@ -91,7 +94,7 @@ class Conversion:
         self.texts, note = choose_texts(settings.calib)
         if note:
             self.say(note)
-        self.drawing = Drawing(self.source, self.tokenizer, self.texts, settings.seed, self.device, progress)
+        self.drawing = Drawing(self.source, self.tokenizer, self.texts, settings.seed, self.device, self._progress)
         self.held_out = self._held_out_text()
         self.quantization = self._quantization()
         tokens = self.nsamples * self.seqlen
@@ -101,6 +104,10 @@ class Conversion:
         self.memory = {"binarizing": plan}  # by stage
         self._place = self.device  # of hidden states, where there is room
         self._linears: list[LinearReport] = []
+
+    def _progress(self, event: Event) -> None:
+        self._stage = STAGES.get(event.stage, self._stage)
+        self._watcher(event)
 
     def say(self, text: str) -> None:
         """Tell whoever watches."""
@@ -135,7 +142,7 @@ class Conversion:
 
     def run(self, started: float) -> ConvertReport:
         """Do the work that is not done yet, write the file and return what it came to."""
-        with WorkFolder(self.out) as work:
+        with WorkFolder(self.out) as work, self._explain_full_device(work):
             state = {"fingerprint": self.fingerprint(), "report": str(self.folder)}
             resumed = self._begin(work, state)
             if resumed is None:
@@ -156,6 +163,17 @@ class Conversion:
                 illustrate.write(self.folder, self.source, self.quantization, report, work, beginning.to(self.device))
             work.remove()  # last: an interrupted check or a report that failed can be done again
         return report
+
+    @contextlib.contextmanager
+    def _explain_full_device(self, work: WorkFolder) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"{resources.describe_device(self.device)} ran out of memory while {self._stage}; "
+                f"{work.finished_blocks()} finished blocks are kept: make room there and run the same command with "
+                "--resume, or start over (--force) with a smaller --nsamples or --seqlen, or with --device cpu"
+            ) from error
 
     def _check_room(self, work: WorkFolder) -> None:
         """Raise DoesNotFitError for too little memory or disk, before hours of work rather than after."""
