@@ -172,13 +172,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, start: int, window: int | 
     """Attend causally; query token i stands at position start + i of `key` and `value`."""
     tokens, positions = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda and tokens > 1:
+        # There torch has no kernel in float32 for heads that share keys: it would write out every head's scores.
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        grouped = False
     if window is None or window >= positions:
         if start == 0:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
         if tokens == 1:
             # The newest token sees everything, so the heads that share keys can pose as tokens: nothing is expanded.
             shared = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
-            return F.scaled_dot_product_attention(shared, key, value).view(query.shape)
+            # On a GPU the result need not lie in memory as the query does: a view may not do.
+            return F.scaled_dot_product_attention(shared, key, value).reshape(query.shape)
     at = torch.arange(start, start + tokens, device=query.device)[:, None]
     seen = torch.arange(positions, device=query.device)
     mask = seen <= at

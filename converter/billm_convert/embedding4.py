@@ -31,12 +31,12 @@ HEAD_IDENTITY, TIED_IDENTITY = 0.01, 1.0
 def solve_table(value: Tensor, metric: Tensor) -> dict[str, NDArray[Any]]:
     """Quantize float32 [rows, cols] to 4 bits so that e metric e is small for the error e of every row.
 
-    `metric` is float32 [cols, cols], positive definite. Returns `weight`, `step` and `scale` of a `Table`. UsageError
-    for values too large for the format.
+    `metric` is float32 [cols, cols], positive definite, and on the device that is to do the work. Returns `weight`,
+    `step` and `scale` of a `Table`. UsageError for values too large for the format.
     """
     feedback = torch.linalg.cholesky(torch.linalg.inv(metric.double()), upper=True).float()
     step = max(1, _CHUNK_VALUES // value.shape[1])
-    parts = [_solve_rows(part, feedback) for part in torch.split(value, step)]
+    parts = [_solve_rows(part.to(metric.device), feedback) for part in torch.split(value, step)]
     axes = {"weight": 0, "step": 1, "scale": 0}
     return {name: np.concatenate([part[name] for part in parts], axis) for name, axis in axes.items()}
 
@@ -44,7 +44,7 @@ def solve_table(value: Tensor, metric: Tensor) -> dict[str, NDArray[Any]]:
 def metric_of(moment: Tensor, identity: float) -> Tensor:
     """Return the moment [cols, cols] in units of the median of its diagonal, plus `identity` times the identity."""
     median = moment.diagonal().median().clamp(min=torch.finfo(torch.float32).tiny)
-    return moment / median + identity * torch.eye(moment.shape[0])
+    return moment / median + identity * torch.eye(moment.shape[0], device=moment.device)
 
 
 def _solve_rows(value: Tensor, feedback: Tensor) -> dict[str, NDArray[Any]]:
@@ -64,21 +64,21 @@ def _solve_rows(value: Tensor, feedback: Tensor) -> dict[str, NDArray[Any]]:
             errors[:, j] = (column - code * step * scale) / factor[j, j]
             rest[:, start + j + 1 : group.stop] -= errors[:, j, None] * factor[j, j + 1 :]
         rest[:, group.stop :] -= errors @ feedback[group, group.stop :]
-        steps.append(step.to(torch.int8).numpy())
-    packed = pack_nibbles(codes.numpy())
-    return {"weight": packed, "step": np.stack(steps), "scale": scale.numpy().astype(np.float16)}
+        steps.append(step.to(torch.int8).cpu().numpy())
+    packed = pack_nibbles(codes.cpu().numpy())
+    return {"weight": packed, "step": np.stack(steps), "scale": scale.cpu().numpy().astype(np.float16)}
 
 
 def _row_scales(value: Tensor) -> Tensor:
     """Return a scale per row, a float16 in float32, with which the steps of all groups fit their range."""
-    exact = value.abs().amax(dim=1).numpy() * np.float32(_ROOM / (8 * _MOST))
+    exact = value.abs().amax(dim=1).cpu().numpy() * np.float32(_ROOM / (8 * _MOST))
     with np.errstate(over="ignore"):
         scale = exact.astype(np.float16)
     scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)
     scale[exact == 0] = 1
     if not np.isfinite(scale).all():
         raise UsageError(f"an embedding holds values up to {float(value.abs().max()):g}, too large for 4 bits")
-    return torch.from_numpy(scale.astype(np.float32))
+    return torch.from_numpy(scale.astype(np.float32)).to(value.device)
 
 
 def _codes(value: Tensor, step: Tensor) -> Tensor:

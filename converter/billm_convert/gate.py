@@ -20,6 +20,7 @@ from billm_convert.source import ModelSource
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
 from billm_rt import against, ppl, texts
+from billm_rt.cuda.device import unavailable_reason
 
 WINDOWS, SEQLEN = 4, 512
 
@@ -50,7 +51,7 @@ def check(
     The file runs in `billm_rt` as it will for users. Raises UsageError when the text is empty and CorruptFileError when
     logits are not finite.
     """
-    with billm_rt.load(out, threads=settings.threads) as model:
+    with billm_rt.load(out, _runtime_device(device), threads=settings.threads) as model:
         # As in billm-ppl: the names of special tokens in the text are those tokens.
         beginning = _beginning(text, WINDOWS * SEQLEN * _CHARACTERS_PER_TOKEN)
         ids = model.tokenizer.encode(beginning, special=True)
@@ -70,6 +71,14 @@ def check(
         advice=_advice(settings) if collapsed else None,
         seconds=found.seconds + original.seconds,
     )
+
+
+def _runtime_device(device: torch.device) -> str:
+    """Return the device by the runtime's name for it, "cpu" where the runtime cannot use it: it has its own needs."""
+    if device.type == "cpu" or unavailable_reason(device.index):
+        return "cpu"
+    torch.cuda.empty_cache()  # what torch holds in reserve is room for the model
+    return str(device)
 
 
 def _advice(settings: ConvertSettings) -> str:

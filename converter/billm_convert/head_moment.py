@@ -31,7 +31,7 @@ def solve_tables(source: ModelSource, tokens: NDArray[np.int64], work: WorkFolde
     moment = head_moment(source, tokens[: max(1, _TOKENS // tokens.shape[1])], device)
     for name in names:
         if name == "embed" and len(names) == 2:
-            metric = torch.eye(moment.shape[0])
+            metric = torch.eye(moment.shape[0], device=device)
         else:
             metric = metric_of(moment, HEAD_IDENTITY if name == "head" else TIED_IDENTITY)
         work.save_table(name, solve_table(source.tensor(f"{name}.weight"), metric))
@@ -41,7 +41,7 @@ def solve_tables(source: ModelSource, tokens: NDArray[np.int64], work: WorkFolde
 def head_moment(source: ModelSource, tokens: NDArray[np.int64], device: torch.device) -> Tensor:
     """Return the mean of 2 h hᵀ, float32 [embedding_size, embedding_size], over all positions but the windows' first.
 
-    h is what the full-precision model gives to its head, tokens [windows, seqlen].
+    h is what the full-precision model gives to its head, tokens [windows, seqlen]. The mean is left on the device.
     """
     config = source.config
     tables = {
@@ -60,4 +60,4 @@ def head_moment(source: ModelSource, tokens: NDArray[np.int64], device: torch.de
     moment = HessianAccumulator(config.embedding_size, device)
     for window in hidden:
         moment.add(finish(config, tables, window)[0, 1:])
-    return moment.result().cpu()
+    return moment.result()

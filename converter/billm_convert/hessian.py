@@ -13,6 +13,9 @@ _STRIP = 256
 # Dampening is raised tenfold up to here before a Hessian counts as unusable (1: as large as the mean diagonal).
 _MAX_DAMP = 1.0
 
+# Most float64 matrices [cols, cols] that factoring, and working with the factor, takes at once.
+FACTOR_MATRICES = 3
+
 
 class HessianAccumulator:
     """Sums H = 2 X Xᵀ over batches of one Linear's inputs (Algorithm 1, line 1).
@@ -78,22 +81,31 @@ def factor_inverse(hessian: Tensor, damp: float) -> InverseFactor:
     Where the dampened H is not positive definite in float64, `damp` is raised tenfold until it is; an H of zeros counts
     as the identity. UsageError when nothing up to λ = mean(diag H) helps: then H is no Hessian.
     """
-    matrix = hessian.to(torch.float64)
-    mean = matrix.diagonal().mean()
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     while True:
         # H = R Rᵀ with R upper triangular is a Cholesky factorisation with rows and columns reversed, and gives
         # H⁻¹ = R⁻ᵀ R⁻¹: the factor wanted is R⁻¹, and the inverse itself is never formed.
-        dampened = matrix.flip(0, 1)
-        dampened.diagonal().add_(damp * mean)
-        lower, info = torch.linalg.cholesky_ex(dampened)
+        lower, info = torch.linalg.cholesky_ex(_dampened_reversed(hessian, damp))
         if not int(info):
             break
         if damp >= _MAX_DAMP:
             raise UsageError(
-                f"the Hessian [{matrix.shape[0]}, {matrix.shape[1]}] of a Linear is not positive definite even with "
+                f"the Hessian [{hessian.shape[0]}, {hessian.shape[1]}] of a Linear is not positive definite even with "
                 f"dampening {damp:g}: the calibration inputs are unusable; check the weights, or take other text"
             )
         damp = min(max(damp * 10, 1e-4), _MAX_DAMP)
-    identity = torch.eye(matrix.shape[0], dtype=torch.float64, device=matrix.device)
-    return InverseFactor(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), damp)
+    # Solved in its own memory, for which columns must lie together. Such matrices can be many gigabytes: no more than
+    # FACTOR_MATRICES are held at once.
+    inverse = torch.eye(hessian.shape[0], dtype=torch.float64, device=hessian.device).T
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return InverseFactor(inverse.flip(0, 1), damp)
+
+
+def _dampened_reversed(hessian: Tensor, damp: float) -> Tensor:
+    """Return H + λI in float64, rows and columns reversed."""
+    matrix = hessian.to(torch.float64)
+    mean = matrix.diagonal().mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    dampened = matrix.flip(0, 1)
+    dampened.diagonal().add_(damp * mean)
+    return dampened

@@ -1,8 +1,9 @@
 """A whole conversion: one decoder block in memory at a time, each calibrated on the binarized blocks before it."""
 
+import contextlib
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +29,7 @@ from billm_convert.settings import (
     FOLLOWED,
     GPU_CALIBRATION,
     MAX_LEVEL,
+    STAGES,
     TUNED,
     TUNING_TOKENS,
     CheckReport,
@@ -44,7 +46,7 @@ from billm_convert.tune import Tuning
 from billm_convert.tune_train import product_dtype
 from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import ModelConfig, Quantization
-from billm_format.errors import UsageError
+from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import CHAT_TEMPLATE, TOKENIZER, linear_names
 from billm_format.packing import PackedLinear
 from billm_format.reader import BillmFile
@@ -78,7 +80,8 @@ class Conversion:
         self.out = out
         self.folder = settings.report and illustrate.check_folder(settings.report, out)
         self.settings = settings
-        self._progress = progress
+        self._watcher = progress
+        self._stage = STAGES["blocks"]  # what is being done
         self.source: ModelSource = open_model(model)
         self.config: ModelConfig = self.source.config
         self.device = resources.choose_device(settings.device)
@@ -91,7 +94,7 @@ class Conversion:
         self.texts, note = choose_texts(settings.calib)
         if note:
             self.say(note)
-        self.drawing = Drawing(self.source, self.tokenizer, self.texts, settings.seed, self.device, progress)
+        self.drawing = Drawing(self.source, self.tokenizer, self.texts, settings.seed, self.device, self._progress)
         self.held_out = self._held_out_text()
         self.quantization = self._quantization()
         tokens = self.nsamples * self.seqlen
@@ -99,7 +102,12 @@ class Conversion:
             self.config, tokens, min(tokens, self._batch() * self.seqlen), streams=1 + (settings.recipe in FOLLOWED)
         )
         self.memory = {"binarizing": plan}  # by stage
+        self._place = self.device  # of hidden states, where there is room
         self._linears: list[LinearReport] = []
+
+    def _progress(self, event: Event) -> None:
+        self._stage = STAGES.get(event.stage, self._stage)
+        self._watcher(event)
 
     def say(self, text: str) -> None:
         """Tell whoever watches."""
@@ -134,7 +142,7 @@ class Conversion:
 
     def run(self, started: float) -> ConvertReport:
         """Do the work that is not done yet, write the file and return what it came to."""
-        with WorkFolder(self.out) as work:
+        with WorkFolder(self.out) as work, self._explain_full_device(work):
             state = {"fingerprint": self.fingerprint(), "report": str(self.folder)}
             resumed = self._begin(work, state)
             if resumed is None:
@@ -156,9 +164,25 @@ class Conversion:
             work.remove()  # last: an interrupted check or a report that failed can be done again
         return report
 
+    @contextlib.contextmanager
+    def _explain_full_device(self, work: WorkFolder) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"{resources.describe_device(self.device)} ran out of memory while {self._stage}; "
+                f"{work.finished_blocks()} finished blocks are kept: make room there and run the same command with "
+                "--resume, or start over (--force) with a smaller --nsamples or --seqlen, or with --device cpu"
+            ) from error
+
     def _check_room(self, work: WorkFolder) -> None:
         """Raise DoesNotFitError for too little memory or disk, before hours of work rather than after."""
-        resources.check_memory(self.memory["binarizing"], self.device)
+        plan = self.memory["binarizing"]
+        self._place = resources.hidden_place(plan, self.device)
+        if self.device.type == "cuda":
+            where = "on the device" if self._place == self.device else "in the host's memory"
+            self.say(f"the text's hidden states ({plan['hidden_states'] / 1e9:.2f} GB) are kept {where}")
+        resources.check_memory(plan, self.device, self._place)
         training = 0
         effort = EFFORTS[self.settings.effort] if self.settings.recipe == TUNED else None
         if effort:
@@ -212,7 +236,7 @@ class Conversion:
             "model": self.source.identity(),
             "calibration text": [[text.name, text.sha256] for text in self.texts],
             "program": resources.code_digest(),
-            "device": str(self.device),
+            "device": resources.device_model(self.device),
             "--threads": torch.get_num_threads(),
             **{f"--{key.replace('_', '-')}": value for key, value in self.chosen().items()},
             **_versions(),
@@ -270,10 +294,8 @@ class Conversion:
         if self.config.position == "rope":
             rotary = Rotary(self.source.tensor("rope.inv_freq").to(self.device), self.config.rope_scale, self.seqlen)
         followed = self.settings.recipe in FOLLOWED
-        hidden, batch = self._embed(work, tokens), self._batch()
-        stream: Stream = Stream(self.config, hidden, batch, self.device)
-        if followed:
-            stream = FollowedStream(self.config, hidden, batch, self.device, quick=True)
+        make_stream: Callable[..., Stream] = partial(FollowedStream, quick=True) if followed else Stream
+        stream = make_stream(self.config, self._embed(work, tokens), self._batch(), self.device, self._place)
         for layer in range(layers):
             weights = {name: value.to(self.device) for name, value in self.source.layer(layer).items()}
             block = DecoderBlock(self.config, weights, rotary)
@@ -316,7 +338,7 @@ class Conversion:
                     figures[name] = linear_figures(original, inputs.hessian, solved.searches)
                 bias = weights.get(f"{linear}.bias")
                 stored |= packed_tensors(name, solved.packed, None if bias is None else bias.cpu().numpy())
-                weights[f"{linear}.weight"] = torch.from_numpy(solved.packed.dequantize()).to(self.device)
+                weights[f"{linear}.weight"] = solved.weight
                 reports.append(
                     LinearReport(
                         name=name,

@@ -4,6 +4,7 @@ Matrices are transposed here, [cols, rows]: a column of W is then contiguous, an
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,14 @@ from billm_convert.binarize import row_step
 from billm_convert.hessian import InverseFactor, factor_inverse
 from billm_convert.salient import salience, select_columns
 from billm_convert.settings import MAX_LEVEL
-from billm_convert.solved import SolvedLinear, SolverSettings, check_problem, relative_errors, weight_error
+from billm_convert.solved import (
+    SolvedLinear,
+    SolverSettings,
+    check_problem,
+    relative_errors,
+    stored_weight,
+    weight_error,
+)
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear, pack_bits
 
@@ -107,7 +115,7 @@ def _follow(weight: Tensor, drift: Tensor, hidden_drift: Tensor | None, factor: 
 
 def _judged_by(weight: Tensor, solved: SolvedLinear) -> SolvedLinear:
     """Return `solved` with the weight error against `weight`: the original, not what the solver aimed at."""
-    delta = weight - torch.from_numpy(solved.packed.dequantize()).to(weight)
+    delta = weight - solved.weight.to(weight)
     return dataclasses.replace(solved, weight_error=weight_error(weight, delta))
 
 
@@ -143,10 +151,10 @@ def _solve(
 
 def _metric(hessian: Tensor, damp: float, col_scale: Tensor) -> Tensor:
     """Return the dampened Hessian in terms of weights divided by the column scale, float64."""
-    metric = hessian.double()
+    metric = hessian.to(torch.float64, copy=True)
     scale = col_scale.double()
-    metric = metric + torch.diag(torch.full_like(scale, damp) * metric.diagonal().mean())
-    return metric * scale[:, None] * scale
+    metric.diagonal().add_(damp * metric.diagonal().mean())
+    return metric.mul_(scale[:, None]).mul_(scale)
 
 
 # --- first pass: blocks in column order, unrounded scales ------------------------------------------------------------
@@ -167,7 +175,8 @@ def _first_pass(target: Tensor, upper: Tensor, settings: RefinedSettings) -> Ite
         block = _assign(here, inner, chosen.bool(), _split(here, chosen, diagonal.square().reciprocal()))
         block.columns = slice(start, stop)
         # The least error that all later columns can still reach is ||D root||²: root rootᵀ is the block's Schur metric.
-        root = torch.linalg.solve_triangular(inner, torch.eye(stop - start).to(inner), upper=True)
+        identity = torch.eye(stop - start, dtype=inner.dtype, device=inner.device)
+        root = torch.linalg.solve_triangular(inner, identity, upper=True)
         metric = root @ root.T
         block.scales = _fit(block, metric, metric @ here)
         error = root.T @ (here - block.level())
@@ -202,13 +211,13 @@ def _mean(magnitude: Tensor, weight: Tensor, otherwise: Tensor) -> Tensor:
 
 def _assign(here: Tensor, inner: Tensor, salient: Tensor, scales: Tensor) -> _Block:
     """Code a block column by column, each making up for the columns before it as GPTQ does."""
-    magnitudes = _magnitudes(scales)
+    pairs = _magnitudes(scales)[salient.long()]
     positive = torch.empty(here.shape, dtype=torch.bool, device=here.device)
     large = torch.empty_like(positive)
     error = torch.empty_like(here)
-    for j, group in enumerate(salient.long().tolist()):
+    for j, pair in enumerate(pairs):
         wanted = here[j] - inner[:j, j] @ error[:j]
-        level = _nearest(wanted, magnitudes[group], positive[j], large[j])
+        level = _nearest(wanted, pair, positive[j], large[j])
         error[j] = (wanted - level) / inner[j, j]
     return _Block(slice(0), salient, positive, large, scales)
 
@@ -236,11 +245,10 @@ def _sweep(blocks: list[_Block], target: Tensor, metric: Tensor) -> None:
 
 def _descend(block: _Block, inner: Tensor, slope: Tensor, level: Tensor) -> Tensor:
     """Take every column's best codes in turn, the others being what they are; return the change of level [n, rows]."""
-    magnitudes = _magnitudes(block.scales)
     change = torch.empty_like(level)
-    for j, group in enumerate(block.salient.long().tolist()):
+    for j, pair in enumerate(_magnitudes(block.scales)[block.salient.long()]):
         wanted = level[j] + (slope[j] - inner[:j, j] @ change[:j]) / inner[j, j]
-        change[j] = _nearest(wanted, magnitudes[group], block.positive[j], block.large[j]) - level[j]
+        change[j] = _nearest(wanted, pair, block.positive[j], block.large[j]) - level[j]
     return change
 
 
@@ -314,8 +322,14 @@ def _normal_equations(block: _Block, metric: Tensor, wanted: Tensor) -> tuple[Te
         for j in range(i + 1):
             curvature[:, i, j] = curvature[:, j, i] = (parts[i] * bent[j]).sum(0)
     pull = torch.stack([(part * wanted).sum(0) for part in parts], dim=1)
-    change = torch.tensor(_MAGNITUDES).to(wanted)
+    change = _change(wanted.dtype, wanted.device)
     return change.T @ curvature @ change, pull @ change
+
+
+@functools.cache
+def _change(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return _MAGNITUDES on the device, where it is brought but once: a GPU would be waited for each time."""
+    return torch.tensor(_MAGNITUDES, dtype=dtype, device=device)
 
 
 def _largest(scales: Tensor) -> Tensor:
@@ -354,12 +368,15 @@ def _solved(
         row_scale=step.cpu().numpy(),
         col_scale=col_scale.cpu().numpy(),
     )
-    delta = weight - torch.from_numpy(packed.dequantize()).to(weight)
+    level = torch.cat([block.level() for block in blocks]).T.contiguous()
+    stored = stored_weight(level, step, col_scale)
+    delta = weight - stored.to(weight)
     output, own = relative_errors(weight, delta, hessian)
     columns = int(salient.sum())
     sparse = int((large & ~salient).sum())
     return SolvedLinear(
         packed=packed,
+        weight=stored,
         error=output,
         weight_error=own,
         salient_fraction=columns / cols,

@@ -11,18 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from billm_convert.settings import CheckReport, ConvertReport, Event, LinearReport
+from billm_convert.settings import STAGES, CheckReport, ConvertReport, Event, LinearReport
 
-_LABELS = {
-    "sampling": "sampling text",
-    "blocks": "binarizing",
-    "targets": "running the full-precision model",
-    "tuning blocks": "tuning blocks",
-    "tuning model": "tuning the model",
-    "writing": "writing",
-    "checking": "checking",
-    "drawing": "drawing the report",
-}
 # Stages of minutes whose events have nothing to tell: where there is no bar, a line for each tenth of the work.
 _SILENT = ("sampling", "targets")
 _LEAST_SHARE = 0.01  # of the work, before its speed says anything about the rest
@@ -71,17 +61,17 @@ class Display:
             if self._bar:
                 for task in self._bar.task_ids:
                     self._bar.remove_task(task)
-                self._bar.add_task(_LABELS[event.stage], total=event.total, text="")
+                self._bar.add_task(STAGES[event.stage], total=event.total, text="")
         left = self._clock.left(event.done, event.total)
         if self._bar:
             self._bar.update(self._bar.task_ids[-1], completed=event.done, text=f"{_where(event)}{left}")
         elif event.text:
-            self._console.print(f"{_LABELS[event.stage]}: {event.text}, {left}", markup=False)
+            self._console.print(f"{STAGES[event.stage]}: {event.text}, {left}", markup=False)
         elif event.linears:
             self._console.print(block_line(event.linears, int(event.total), left), markup=False)
         elif event.stage in _SILENT and (tenths := int(10 * event.done / event.total)) > self._tenths:
             self._tenths = tenths
-            self._console.print(f"{_LABELS[event.stage]}: {tenths}0 %, {left}", markup=False)
+            self._console.print(f"{STAGES[event.stage]}: {tenths}0 %, {left}", markup=False)
 
 
 def _where(event: Event) -> str:

@@ -10,9 +10,15 @@ import psutil
 import torch
 
 from billm_convert.settings import Effort
+from billm_convert.solved import solving_memory
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import all_tensors, layer_tensors
+
+_HOST = torch.device("cpu")
+
+# Of the memory that the rest of a conversion leaves free on a GPU, what hidden states may take.
+_HIDDEN_SHARE = 0.5
 
 _TEXTS_BYTES = 20 << 20  # room for the tokenizer, whose size the layout leaves free
 
@@ -20,9 +26,9 @@ _TEXTS_BYTES = 20 << 20  # room for the tokenizer, whose size the layout leaves 
 def choose_device(name: str) -> torch.device:
     """Return the device that "auto", "cpu", "cuda" or "cuda:n" means; UsageError when it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
-        return torch.device("cpu")
+        return _HOST
     kind, _, index = name.partition(":")
     if kind != "cuda" or (":" in name and not index.isdigit()):
         raise UsageError(f"--device: wanted auto, cpu, cuda or cuda:N, found {name!r}")
@@ -30,15 +36,28 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: torch {torch.__version__} sees no CUDA device here; use --device cpu")
     if int(index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return torch.device(name)
+    return torch.device(kind, int(index or torch.cuda.current_device()))
+
+
+def device_model(device: torch.device) -> str:
+    """Return what two devices have in common that compute alike: the name of the card, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def describe_device(device: torch.device) -> str:
     """Return what the device is called."""
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
+        return f"{device} ({device_model(device)})"
     threads = torch.get_num_threads()
     return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on the device, those included that torch holds in reserve."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
 
 
 def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int, streams: int = 1) -> dict[str, int]:
@@ -51,14 +70,12 @@ def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int, streams: in
     inputs = [
         cols for name, (_, cols, _) in config.linears().items() if name in ("q_proj", "o_proj", "up_proj", "down_proj")
     ]
-    largest = max(rows * cols for rows, cols, _ in linears)
-    widest = max(inputs)
     return {
         "hidden_states": streams * 4 * tokens * config.hidden_size,
         "block_weights": streams * weights,
-        # Hessians of all inputs in float32, and what factoring the widest takes in float64.
-        "hessians": 4 * sum(cols * cols for cols in inputs) + 3 * 8 * widest * widest,
-        "solver": 6 * 4 * largest,
+        # Of all inputs, and a second stream's drift.
+        "hessians": 4 * (sum(cols * cols for cols in inputs) + (streams - 1) * max(inputs) ** 2),
+        "solver": max(solving_memory(rows, cols) for rows, cols, _ in linears),
         "inner_activations": 4 * batch_tokens * 3 * max(config.intermediate_size, config.hidden_size),
     }
 
@@ -83,28 +100,37 @@ def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int, factor: int)
 def check_tuning_memory(plan: dict[str, int], device: torch.device) -> None:
     """Raise DoesNotFitError, with the sum, when the plan of `tuning_memory` exceeds the memory that is free."""
     advice = "give --effort blocks, which trains one block at a time, or another recipe"
-    if device.type == "cpu":
-        _compare_memory(plan, psutil.virtual_memory().available, "memory", advice)
-        return
-    on_host = {"hidden_states": plan["hidden_states"]}
-    _compare_memory(on_host, psutil.virtual_memory().available, "memory", advice)
-    on_device = {key: value for key, value in plan.items() if key not in on_host}
-    _compare_memory(on_device, torch.cuda.mem_get_info(device)[0], "memory on the device", advice)
+    _compare_split(plan, device, _HOST, advice)
 
 
-def check_memory(plan: dict[str, int], device: torch.device) -> None:
-    """Raise DoesNotFitError, with the sum, when the plan exceeds the memory that is free."""
-    on_host = dict(plan) if device.type == "cpu" else {"hidden_states": plan["hidden_states"]}
-    free = psutil.virtual_memory().available
-    advice = "give a smaller --nsamples or --seqlen"
-    _compare_memory(on_host, free, "memory", advice)
-    if device.type == "cuda":
-        on_device = {key: value for key, value in plan.items() if key != "hidden_states"}
-        _compare_memory(on_device, torch.cuda.mem_get_info(device)[0], "memory on the device", advice)
+def hidden_place(plan: dict[str, int], device: torch.device) -> torch.device:
+    """Return where the hidden states of the plan are kept: on the device, or on the host for want of room there."""
+    rest = sum(_without_hidden(plan).values())
+    fits = plan["hidden_states"] <= _HIDDEN_SHARE * (free_memory(device) - rest)
+    return device if fits or device.type == "cpu" else _HOST
 
 
-def _compare_memory(parts: dict[str, int], free: int, what: str, advice: str) -> None:
-    need = sum(parts.values())
+def check_memory(plan: dict[str, int], device: torch.device, place: torch.device) -> None:
+    """Raise DoesNotFitError, with the sum, when the plan, hidden states at `place`, exceeds the memory that is free."""
+    _compare_split(plan, device, place, "give a smaller --nsamples or --seqlen")
+
+
+def _compare_split(plan: dict[str, int], device: torch.device, place: torch.device, advice: str) -> None:
+    """Compare a plan with what is free; what is at the device and what is at the host, if they are two."""
+    if place == device:
+        _compare_memory(plan, device, advice)
+    else:
+        _compare_memory({"hidden_states": plan["hidden_states"]}, place, advice)
+        _compare_memory(_without_hidden(plan), device, advice)
+
+
+def _without_hidden(plan: dict[str, int]) -> dict[str, int]:
+    return {key: value for key, value in plan.items() if key != "hidden_states"}
+
+
+def _compare_memory(parts: dict[str, int], device: torch.device, advice: str) -> None:
+    need, free = sum(parts.values()), free_memory(device)
+    what = "memory" if device.type == "cpu" else "memory on the device"
     if need > free:
         terms = " + ".join(f"{key.replace('_', ' ')} {value / 1e9:.2f}" for key, value in parts.items())
         raise DoesNotFitError(

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
 
 from billm_convert.block import DecoderBlock, KeyValues, Rotary, embed, finish
+from billm_convert.resources import free_memory
 from billm_convert.source import ModelSource
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_rt.tokenizer import Tokenizer
@@ -194,7 +194,7 @@ def _draw(logits: Tensor, numbers: Tensor) -> Tensor:
 def _at_once(source: ModelSource, nsamples: int, seqlen: int, device: torch.device) -> int:
     """Return how many windows are written at once: there must be room beside the weights for one at least."""
     weights, window = _weight_bytes(source), _window_bytes(source, seqlen)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory(device)
     if weights + window > free:
         raise DoesNotFitError(
             f"--calib self needs the whole model in memory: {weights / 1e9:.1f} GB of weights + {window / 1e9:.1f} GB "

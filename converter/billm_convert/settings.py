@@ -142,6 +142,18 @@ class Event:
     linears: tuple[LinearReport, ...] = ()  # of the block just finished
 
 
+# What is being done in a stage, as a person reads it; a note belongs to whatever is going on.
+STAGES = {
+    "sampling": "sampling text",
+    "blocks": "binarizing",
+    "targets": "running the full-precision model",
+    "tuning blocks": "tuning blocks",
+    "tuning model": "tuning the model",
+    "writing": "writing",
+    "checking": "checking",
+    "drawing": "drawing the report",
+}
+
 Progress = Callable[[Event], None]
 
 

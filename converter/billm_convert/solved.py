@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from billm_convert.hessian import FACTOR_MATRICES
 from billm_format.config import BLOCK_SIZES
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear
+
+# Most float32 matrices [rows, cols] that a solver holds at once.
+_SOLVER_MATRICES = 14
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,31 @@ class SolvedLinear:
     """A binarized Linear, ready for the writer, and what it cost. Errors are over all rows, of the stored weights."""
 
     packed: PackedLinear  # without bias
+    weight: Tensor  # float32 [rows, cols] on the solver's device: `packed.dequantize()`, to the bit
     error: float  # tr(D H Dᵀ) / tr(W H Wᵀ), D = W - B, H without dampening: relative output error
     weight_error: float  # ||D||² / ||W||²
     salient_fraction: float  # of all columns
     sparse_fraction: float  # of the non-salient weights
     damp: float  # what was used: above the settings' where H was not positive definite
     searches: Searches | None = None  # None: the recipe has none, or was not asked to keep them
+
+
+def solving_memory(rows: int, cols: int) -> int:
+    """Return the bytes that solving a Linear, and others that read its input, takes beside weights and Hessian.
+
+    Measured: the tests hold both numbers of matrices.
+    """
+    return 8 * FACTOR_MATRICES * cols * cols + 4 * _SOLVER_MATRICES * rows * cols
+
+
+def stored_weight(level: Tensor, step: Tensor, col_scale: Tensor | None = None) -> Tensor:
+    """Return what `PackedLinear.dequantize` makes of whole levels [rows, cols], float32: the same products, in order.
+
+    `step` is float16 [rows], `col_scale` float16 [cols].
+    """
+    weight = level.float() + 0.0  # whole numbers have one zero, floats two
+    weight *= step.float()[:, None]
+    return weight if col_scale is None else weight.mul_(col_scale.float())
 
 
 def check_problem(weight: Tensor, hessian: Tensor) -> None:

@@ -49,6 +49,7 @@ def solve_linear(weight: Tensor, hessian: Tensor, settings: PaperSettings | None
     sparse = int((codes.second & ~codes.salient).sum())
     return SolvedLinear(
         packed=_pack(codes, step, settings.block_size),
+        weight=codes.weight.float() + 0.0,  # as a file has it: without negative zeros
         error=error,
         weight_error=weight_error,
         salient_fraction=columns / weight.shape[1],

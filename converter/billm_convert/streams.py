@@ -9,18 +9,19 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
 from billm_convert.block import HALVES, DecoderBlock, input_groups
 from billm_convert.hessian import DriftAccumulator, HessianAccumulator
+from billm_convert.resources import free_memory
+from billm_convert.solved import solving_memory
 from billm_format.config import ModelConfig
 
 # The groups whose outputs are added to the hidden states: the last of each half.
 _ADDED = ("o", "down")
 
-# Of the memory that is free, what may be taken to save a second computation.
+# Of the device's memory that solving leaves free, what may be taken to save a second computation.
 _KEPT_SHARE = 0.25
 
 # Told the share of a piece of work that is done.
@@ -40,24 +41,28 @@ class Inputs:
 
 
 class Stream:
-    """Hidden states float32 [windows, seqlen, hidden] on the CPU, carried through the binarized blocks in batches."""
+    """Hidden states float32 [windows, seqlen, hidden], carried through the binarized blocks in batches."""
 
-    def __init__(self, config: ModelConfig, hidden: Tensor, batch: int, device: torch.device) -> None:
-        """Keep `hidden`, which changes as the text advances; `batch` windows go through a block at once."""
+    def __init__(
+        self, config: ModelConfig, hidden: Tensor, batch: int, device: torch.device, place: torch.device
+    ) -> None:
+        """Keep `hidden` at `place`, the device or the host; `batch` windows go through a block at once.
+
+        What is on the CPU is kept as it is, and changes as the text advances.
+        """
         self._config = config
-        self._hidden = hidden
-        self._batch = batch
         self._device = device
+        self._place = place
+        self._hidden = [self._settled(part) for part in torch.split(hidden, batch)]
 
     def inputs(self, block: DecoderBlock, original: DecoderBlock, told: Told) -> Iterator[Inputs]:
         """Yield what each group of Linears reads in the block as it is before any of them is replaced."""
         groups = input_groups(self._config)
         shapes = self._config.linears()
         hessians = {group: HessianAccumulator(shapes[linears[0]][1], self._device) for group, linears in groups.items()}
-        batches = self._batches(self._hidden)
-        for index, batch in enumerate(batches):
-            block.observe(batch.to(self._device), lambda group, x: hessians[group].add(x))
-            told(0.6 * (index + 1) / len(batches))
+        for index, batch in enumerate(self._hidden):
+            block.observe(self._on_device(batch), lambda group, x: hessians[group].add(x))
+            told(0.6 * (index + 1) / len(self._hidden))
         for index, (group, linears) in enumerate(groups.items()):
             yield Inputs(linears, hessians.pop(group).result())
             told(0.6 + 0.4 * (index + 1) / len(groups))
@@ -68,15 +73,19 @@ class Stream:
 
     def finite(self) -> bool:
         """Whether all hidden states are finite."""
-        return bool(torch.isfinite(self._hidden).all())
+        return all(bool(torch.isfinite(self._on_device(batch)).all()) for batch in self._hidden)
 
-    def _batches(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(hidden, self._batch)
+    def _settled(self, batch: Tensor) -> Tensor:
+        """Return a batch where hidden states are kept."""
+        return batch.to(self._place) if self._place == self._device else batch.pin_memory()
 
-    def _run(self, hidden: Tensor, step: Callable[[Tensor], Tensor], told: Told) -> None:
-        batches = self._batches(hidden)
+    def _on_device(self, batch: Tensor) -> Tensor:
+        # Nothing but the device ever reads or writes the batches: its own order of work is enough, nobody need wait.
+        return batch.to(self._device, non_blocking=True)
+
+    def _run(self, batches: list[Tensor], step: Callable[[Tensor], Tensor], told: Told) -> None:
         for index, batch in enumerate(batches):
-            batch.copy_(step(batch.to(self._device)))
+            batch.copy_(step(self._on_device(batch)), non_blocking=True)
             told((index + 1) / len(batches))
 
 
@@ -84,12 +93,19 @@ class FollowedStream(Stream):
     """A stream whose block is replaced Linear by Linear, beside the same text's stream through the original blocks."""
 
     def __init__(
-        self, config: ModelConfig, hidden: Tensor, batch: int, device: torch.device, *, quick: bool = False
+        self,
+        config: ModelConfig,
+        hidden: Tensor,
+        batch: int,
+        device: torch.device,
+        place: torch.device,
+        *,
+        quick: bool = False,
     ) -> None:
         """Begin both streams with `hidden`; `quick`: products are made as `quick_products` has them."""
-        super().__init__(config, hidden, batch, device)
+        super().__init__(config, hidden, batch, device, place)
         self._quick = quick
-        self._wanted = hidden.clone()
+        self._wanted = [self._settled(part.clone()) for part in self._hidden]
         self._halves_done = 0  # of the block that is being replaced
         self._measured = False  # the last Linear of the half that is next: then the original's half is done already
         self._kept: list[Tensor] = []  # what that Linear reads, by batch, where there is room for it
@@ -112,10 +128,10 @@ class FollowedStream(Stream):
         hessian = HessianAccumulator(cols, self._device)
         drift = DriftAccumulator(cols, cols, self._device)
         hidden_drift = DriftAccumulator(rows, cols, self._device) if group in _ADDED else None
-        keep = hidden_drift is not None and self._room_for(cols)
-        pairs = list(zip(self._batches(self._hidden), self._batches(self._wanted), strict=True))
+        keep = hidden_drift is not None and self._room_for(rows, cols)
+        pairs = list(zip(self._hidden, self._wanted, strict=True))
         for index, pair in enumerate(pairs):
-            hidden, wanted = (part.to(self._device) for part in pair)
+            hidden, wanted = map(self._on_device, pair)
             with quick_products(self._quick):
                 x, meant = block.read_by(group, hidden), original.read_by(group, wanted)
             hessian.add(x.flatten(0, 1))
@@ -125,9 +141,9 @@ class FollowedStream(Stream):
                 # would be all that is seen. Norms hide that from what Linears read.
                 hidden_drift.add((wanted - hidden)[:, 1:].flatten(0, 1), x[:, 1:].flatten(0, 1))
                 with quick_products(self._quick):
-                    pair[1].copy_(original.written_by(group, wanted, meant))
+                    pair[1].copy_(original.written_by(group, wanted, meant), non_blocking=True)
             if keep:
-                self._kept.append(x.cpu())
+                self._kept.append(x)
             told((index + 1) / len(pairs))
         self._measured = hidden_drift is not None
         return Inputs(linears, hessian.result(), drift.result(), hidden_drift.result() if hidden_drift else None)
@@ -146,7 +162,7 @@ class FollowedStream(Stream):
             read = next(kept, None)
             if read is None:
                 return (block.attention_half, block.mlp_half)[half](x)
-            return block.written_by(_ADDED[half], x, read.to(self._device))
+            return block.written_by(_ADDED[half], x, read)
 
         runs = [(self._hidden, write)]
         if not self._measured:
@@ -157,13 +173,13 @@ class FollowedStream(Stream):
         self._measured = False
         self._halves_done = half + 1
 
-    def _room_for(self, cols: int) -> bool:
-        """Whether what a half's last Linear reads, `cols` features, may be kept until that Linear is replaced.
+    def _room_for(self, rows: int, cols: int) -> bool:
+        """Whether what a half's last Linear [rows, cols] reads may be kept until that Linear is replaced.
 
         Everything that makes it stays what it is until then: without room it is computed a second time.
         """
-        need = self._hidden[..., 0].numel() * cols * self._hidden.element_size()
-        return bool(need <= _KEPT_SHARE * psutil.virtual_memory().available)
+        need = sum(batch[..., 0].numel() * cols * batch.element_size() for batch in self._hidden)
+        return need <= _KEPT_SHARE * (free_memory(self._device) - solving_memory(rows, cols))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """The calibration decoder against Hugging Face's own implementations, for every family."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from convert.hf_models import FAMILIES, VOCAB, save_model
+from torch.nn import functional
 
 from billm_convert.block import DecoderBlock, KeyValues, Rotary, embed, finish, input_groups
 from billm_convert.source import ModelSource, open_model
@@ -61,6 +63,24 @@ def test_token_by_token_equals_whole(family: str, tmp_path: Path, seed: int) -> 
     for start, stop in [(0, 7), (7, 8), (8, 15), (15, 20)]:
         part = block.forward(x[:, start:stop], past)
         assert torch.allclose(part, whole[:, start:stop], atol=1e-4)
+
+
+def test_attention_takes_any_memory_layout(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of torch's kernels for GPUs lay the heads beside each other in memory."""
+    save_model(tmp_path, "llama-tied-gqa", seed)
+    source = open_model(tmp_path)
+    x = torch.randn(2, 6, source.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+    block = blocks_of(source)[0]
+    whole = block.forward(x)
+    attention = functional.scaled_dot_product_attention
+
+    def heads_side_by_side(*args: torch.Tensor, **options: Any) -> torch.Tensor:
+        return attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", heads_side_by_side)
+    past = KeyValues(6)
+    parts = [block.forward(x[:, start:stop], past) for start, stop in [(0, 4), (4, 5), (5, 6)]]
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama-biased", "opt-350m", "qwen3"])

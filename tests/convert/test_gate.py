@@ -55,6 +55,13 @@ def test_the_figures_are_those_of_billm_ppl(argv: list[str], capsys: pytest.Capt
     assert found["collapsed"] == (found["ratio"] > 10)
 
 
+def test_the_file_is_checked_where_the_runtime_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, wanted in ((None, "cuda:1"), ("CuPy is not installed", "cpu")):
+        monkeypatch.setattr(gate, "unavailable_reason", lambda index, reason=reason: reason if index == 1 else "other")
+        assert gate._runtime_device(torch.device("cuda", 1)) == wanted
+    assert gate._runtime_device(torch.device("cpu")) == "cpu"
+
+
 def test_a_missed_bound_is_exit_code_5_and_the_file_stays(
     argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,8 +25,9 @@ from billm_convert.cli import main
 from billm_convert.report import memory_line
 from billm_convert.settings import ABLATIONS, RECIPES, TUNED
 from billm_convert.source import open_model
+from billm_convert.streams import Stream
 from billm_convert.workdir import WorkFolder
-from billm_format.errors import DoesNotFitError, UsageError
+from billm_format.errors import EXIT_DOES_NOT_FIT, DoesNotFitError, UsageError
 from billm_format.layout import all_tensors
 from billm_format.reader import BillmFile
 
@@ -466,6 +467,30 @@ def test_disk_that_fills_up_keeps_finished_blocks(tmp_path: Path, seed: int) -> 
     assert not out.exists()
     assert sorted(file.name for file in work.glob("block*")) == ["block-00000.safetensors"]
     convert(folder, out, dataclasses.replace(settings, resume=True))
+    assert out.read_bytes() == (tmp_path / "whole.billm").read_bytes()
+
+
+def test_a_device_that_is_full_is_one_sentence_and_loses_nothing(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, settings = small(tmp_path, "llama-tied-gqa", seed)
+    out = tmp_path / "out.billm"
+    convert(folder, tmp_path / "whole.billm", settings)
+    argv = [str(folder), str(out), "--recipe", "paper", "--calib", str(settings.calib), "--seed", str(settings.seed)]
+    argv += [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
+
+    def full(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(Stream, "advance", full)
+        assert main([*argv, "--quiet"]) == EXIT_DOES_NOT_FIT
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "ran out of memory while binarizing; 1 finished blocks are kept: make room" in error
+    assert "--resume" in error
+    assert main([*argv, "--quiet", "--resume"]) == 0
     assert out.read_bytes() == (tmp_path / "whole.billm").read_bytes()
 
 

@@ -79,6 +79,7 @@ def test_what_the_format_wants_holds_for_every_kind_of_problem(kind: str, seed: 
         assert (scales[..., ALPHA_O] + scales[..., ALPHA_R]).max() <= 127
         assert np.isfinite(packed.dequantize()).all()
         assert np.isfinite(solved.error)
+        assert solved.weight.numpy().tobytes() == packed.dequantize().tobytes()
 
 
 def test_better_than_the_paper(seed: int) -> None:

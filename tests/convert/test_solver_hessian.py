@@ -1,10 +1,53 @@
-"""The Hessian's sums and its factor against float64."""
+"""The Hessian's sums and its factor against float64, and the memory that they take."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from billm_convert.hessian import HessianAccumulator, factor_inverse
+from billm_convert.hessian import FACTOR_MATRICES, HessianAccumulator, factor_inverse
+from billm_convert.refined import RefinedSettings, solve_refined
+from billm_convert.solved import solving_memory
+from billm_convert.solver import solve_linear
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside, and the most that lived at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._counted: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {storage._cdata for storage in _storages((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage._cdata not in self._counted | before:
+                self._counted.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self._counted.remove(key)
+        self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _peak(work: Callable[[], object]) -> int:
+    with PeakMemory() as memory:
+        work()
+    return memory.peak
 
 
 @pytest.mark.parametrize("cols", [1, 40, 256, 257, 600])
@@ -55,3 +98,29 @@ def test_factor_of_the_inverse(seed: int) -> None:
     assert np.array_equal(upper, np.triu(upper))
     assert (np.diag(upper) > 0).all()
     assert np.allclose(upper.T @ upper @ dampened, np.eye(50), atol=1e-9)
+
+
+def test_factoring_takes_the_memory_that_is_planned(seed: int) -> None:
+    """A wide Linear's matrices are many gigabytes on a GPU."""
+    cols = 256
+    x = torch.randn(600, cols, generator=torch.Generator().manual_seed(seed))
+    accumulator = HessianAccumulator(cols, "cpu")
+    accumulator.add(x)
+    assert _peak(accumulator.result) <= FACTOR_MATRICES * 8 * cols * cols
+    assert _peak(lambda: factor_inverse(accumulator.result(), 0.01)) <= FACTOR_MATRICES * 8 * cols * cols
+
+
+@pytest.mark.parametrize("rows", [32, 1024])
+def test_solving_takes_the_memory_that_is_planned(rows: int, seed: int) -> None:
+    """For two Linears of one input, and for one with all that a recipe can be told; nor is far too much planned."""
+    cols = 256
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(600, cols, generator=generator)
+    hessian = 2 * x.T @ x / 600
+    pair = list(torch.randn(2, rows, cols, generator=generator))
+    planned = solving_memory(rows, cols)
+    assert _peak(lambda: [solve_linear(weight, hessian) for weight in pair]) <= planned
+    assert _peak(lambda: solve_refined(pair, hessian, RefinedSettings(), hessian)) <= planned
+    assert (
+        planned / 2 <= _peak(lambda: solve_refined(pair[:1], hessian, RefinedSettings(), hessian, pair[1])) <= planned
+    )

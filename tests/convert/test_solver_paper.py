@@ -23,6 +23,7 @@ def _assert_same(solved: SolvedLinear, wanted: paper_reference.Result, unit: np.
     assert np.array_equal(packed.row_scale, unit)
     assert np.array_equal(packed.scales, wanted.alpha)
     assert np.array_equal(packed.dequantize(), wanted.B.astype(np.float32))
+    assert solved.weight.numpy().tobytes() == packed.dequantize().tobytes()
     assert solved.salient_fraction == pytest.approx(salient.mean())
     assert solved.sparse_fraction == pytest.approx(wanted.sparse[:, ~salient].mean())
 

@@ -42,7 +42,7 @@ def test_the_papers_stream_reads_the_original_block(family: str, tmp_path: Path,
     source, hidden, rotary = _begin(tmp_path, family, seed)
     block = DecoderBlock(source.config, dict(source.layer(0)), rotary)
     wanted = _read(block, hidden)
-    stream = Stream(source.config, hidden.clone(), 2, CPU)
+    stream = Stream(source.config, hidden.clone(), 2, CPU, CPU)
     told: list[float] = []
     found = list(stream.inputs(block, block, told.append))
     assert [inputs.linears for inputs in found] == list(input_groups(source.config).values())
@@ -62,7 +62,7 @@ def test_the_followed_stream_reads_what_is_replaced_so_far(
     monkeypatch.setattr(streams, "_KEPT_SHARE", room)
     source, hidden, rotary = _begin(tmp_path, family, seed)
     generator = torch.Generator().manual_seed(seed)
-    stream = FollowedStream(source.config, hidden.clone(), 2, CPU)
+    stream = FollowedStream(source.config, hidden.clone(), 2, CPU, CPU)
     wanted_hidden, groups = hidden.clone(), input_groups(source.config)
     for layer in range(2):
         weights = dict(source.layer(layer))
@@ -99,7 +99,7 @@ def test_a_resumed_followed_stream_goes_on_the_same(family: str, tmp_path: Path,
     source, hidden, rotary = _begin(tmp_path, family, seed)
     original = DecoderBlock(source.config, dict(source.layer(0)), rotary)
     block = DecoderBlock(source.config, {n: w * 0.9 for n, w in source.layer(0).items()}, rotary)
-    worked, resumed = (FollowedStream(source.config, hidden.clone(), 2, CPU) for _ in range(2))
+    worked, resumed = (FollowedStream(source.config, hidden.clone(), 2, CPU, CPU) for _ in range(2))
     for _ in worked.inputs(block, original, lambda share: None):
         pass
     following = DecoderBlock(source.config, source.layer(1), rotary)
@@ -121,7 +121,7 @@ def test_quick_products_change_little_and_leave_no_trace(family: str, tmp_path: 
     before = torch.get_float32_matmul_precision()
     for group in zip(
         *(
-            FollowedStream(source.config, hidden.clone(), 2, CPU, quick=quick).inputs(
+            FollowedStream(source.config, hidden.clone(), 2, CPU, CPU, quick=quick).inputs(
                 block, original, lambda share: None
             )
             for quick in (False, True)
