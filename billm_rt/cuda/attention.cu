@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(128) attend_many(
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP, pairs = padded / 2;
     int head = blockIdx.y, kv_head = head / (heads / kv_heads), of_block = warps * QUERIES;
     int first_token = blockIdx.x * of_block, mine = first_token + warp * QUERIES;
-    Cache cache = *caches;
+    const Cache& cache = *caches; // read anew for every tile: in registers it would push others out
     int past = *cache.past;
     size_t of_head = size_t(kv_head) * cache.capacity;
     float* q = reinterpret_cast<float*>(memory);             // [of_block, padded]
