@@ -47,11 +47,11 @@ class KeysValues:
         """Return the same with room for more, of which the first `used` tokens are copied."""
         halves, heads, _, padded = self.data.shape
         data = device.zeros((halves, heads, capacity, padded), self.data.dtype)
-        data[:, :, :used] = self.data[:, :, :used]
+        device.copy(data[:, :, :used], self.data[:, :, :used])
         if self.scale is None:
             return KeysValues(data, None)
         scale = device.zeros((halves, heads, capacity), np.float32)
-        scale[:, :, :used] = self.scale[:, :, :used]
+        device.copy(scale[:, :, :used], self.scale[:, :, :used])
         return KeysValues(data, scale)
 
 
@@ -92,6 +92,7 @@ class DeviceCache(KVCache):
         nothing = KeysValues(device.zeros(shape, self.dtype), scale)
         self._held = [nothing] * config.num_hidden_layers
         self._capacity = 0  # of every layer
+        self._moves = 0
         self._steps = Steps(device, 1, longest)
 
     @property
@@ -106,8 +107,13 @@ class DeviceCache(KVCache):
 
     @property
     def capacity(self) -> int:
-        """Tokens that there is room for. Memory stays where it is until it changes."""
+        """Tokens that there is room for."""
         return self._capacity
+
+    @property
+    def moves(self) -> int:
+        """How often the memory of a layer may have moved."""
+        return self._moves
 
     def reserve(self, count: int) -> list[KeysValues]:
         """Grow until `count` more tokens fit and return what every layer holds."""
@@ -118,6 +124,7 @@ class DeviceCache(KVCache):
         capacity = grown_capacity(self._capacity, needed, self.ctx)
         for layer in range(len(self._held)):  # each on its own: an interrupt may fall between two
             if capacity > self._held[layer].capacity:
+                self._moves += 1
                 self._held[layer] = self._held[layer].grown(self._device, capacity, used)
                 self._device.trim()  # no larger layer fits into what the pool has kept of this one
         self._capacity = min((held.capacity for held in self._held), default=capacity)
@@ -165,7 +172,7 @@ class Steps:
         self._state_here = device.pinned((texts + 2 * longest,), np.int32)
         self._recorded: dict[tuple[int, str], Recording | None] = {}
         self._view: View | None = None
-        self._capacities: tuple[int, ...] = ()  # of the caches, when the view was made
+        self._moves: tuple[int, ...] = ()  # of the caches, when the view was made
 
     @property
     def pasts(self) -> Any:
@@ -202,11 +209,11 @@ class Steps:
         return recorded.result
 
     def view(self, caches: Sequence[DeviceCache]) -> View:
-        """Return what describes the caches; where one has grown, it is made anew, and so will be what was recorded."""
-        capacities = tuple(cache.capacity for cache in caches)
-        if self._view is None or capacities != self._capacities:
+        """Return what describes the caches: made anew where memory has moved, as what was recorded will be."""
+        moves = tuple(cache.moves for cache in caches)
+        if self._view is None or moves != self._moves:
             self._recorded = dict.fromkeys(self._recorded)
-            self._view, self._capacities = _view(self._device, caches, self.pasts), capacities
+            self._view, self._moves = _view(self._device, caches, self.pasts), moves
         return self._view
 
     def _take(self, step: Step, count: int) -> Any:

@@ -5,8 +5,9 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -22,6 +23,7 @@ _STAGING_BYTES = 32 << 20
 _PLAIN_SHARED = 48 << 10
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,10 @@ class Device(Protocol):
         """Give what is held and not in use back to the driver."""
         ...
 
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy from a device array to another of its shape."""
+        ...
+
     def pointer(self, array: Any) -> int:
         """Return the address of the array's first element."""
         ...
@@ -151,13 +157,26 @@ class _Capture:
                 self.kept.append(value)
 
 
+def _there(
+    method: "Callable[Concatenate[CupyDevice, P], T]",
+) -> "Callable[Concatenate[CupyDevice, P], T]":
+    """Have the device's methods work on it whichever one is current: that is every thread's own affair."""
+
+    @wraps(method)
+    def on_device(self: "CupyDevice", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._device:
+            return method(self, *args, **kwargs)
+
+    return on_device
+
+
 class CupyDevice:
-    """One GPU. Work goes to the stream that is CuPy's current one when a method is called."""
+    """One GPU. Work goes to the stream that is CuPy's current one there when a method is called."""
 
     def __init__(self, index: int = 0) -> None:
         self._cupy = cupy = import_module("cupy")
         self._device = cupy.cuda.Device(index)
-        self._device.use()
+        self._device.use()  # what else this thread does with its arrays is meant there
         self._runtime = cupy.cuda.runtime
         self._pinned = import_module("cupyx").empty_pinned
         properties = self._runtime.getDeviceProperties(index)
@@ -165,10 +184,12 @@ class CupyDevice:
         self.multiprocessors = int(properties["multiProcessorCount"])
         self.shared_per_multiprocessor = int(properties["sharedMemPerMultiprocessor"])
         self._kernels: dict[Kernel, Any] = {}
-        self._recorded = 0  # bytes that recordings hold
+        self._pools: list[Any] = []  # of recordings
+        self._retired: list[Any] = []  # those whose recordings are gone
         self._capture: _Capture | None = None  # of the graph that is being captured
         self._staging: list[tuple[Any, Any]] = []  # (page-locked bytes, event behind the last copy from them)
 
+    @_there
     def upload(self, array: NDArray[Any]) -> Any:
         """Return a copy of the array on the device, through page-locked memory."""
         out = self.empty(array.shape, array.dtype)
@@ -189,11 +210,13 @@ class CupyDevice:
             copied.record(stream)
         return out
 
+    @_there
     def download(self, array: Any) -> NDArray[Any]:
         """Return a device array as a NumPy array, after all work before it."""
         found: NDArray[Any] = self._cupy.asnumpy(array)
         return found
 
+    @_there
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return an array from CuPy's pool; DoesNotFitError where the device has no memory left."""
         out = self._allocated(lambda: self._cupy.empty(shape, dtype))
@@ -201,20 +224,24 @@ class CupyDevice:
             self._capture.own(out)
         return out
 
+    @_there
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return an array of zeros; DoesNotFitError as `empty`."""
         return self._allocated(lambda: self._cupy.zeros(shape, dtype))
 
+    @_there
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Return a page-locked array."""
         array: NDArray[Any] = self._pinned(shape, dtype)
         return array
 
+    @_there
     def copy_in(self, target: Any, source: NDArray[Any]) -> None:
         """Copy to the device, in the order of the current stream."""
         self._copy(target.data.ptr, source.ctypes.data, source.nbytes, self._runtime.memcpyHostToDevice)
         self._keep(target, source)
 
+    @_there
     def copy_out(self, target: NDArray[Any], source: Any) -> None:
         """Copy to the host, in the order of the current stream."""
         self._copy(target.ctypes.data, source.data.ptr, source.nbytes, self._runtime.memcpyDeviceToHost)
@@ -228,10 +255,12 @@ class CupyDevice:
         if self._capture is not None:
             self._capture.keep(*arguments)
 
+    @_there
     def wait(self) -> None:
         """Wait for the current stream."""
         self._cupy.cuda.get_current_stream().synchronize()
 
+    @_there
     def record(self, work: Callable[[], Any]) -> Recording:
         """Capture a CUDA graph; it is launched on what is the current stream then.
 
@@ -242,6 +271,7 @@ class CupyDevice:
         cuda = self._cupy.cuda
         pool, capture = cuda.MemoryPool(), _Capture()
         self.wait()
+        self._free_retired()
         with cuda.Stream(non_blocking=True) as stream, cuda.using_allocator(pool.malloc):
             work()
             stream.synchronize()
@@ -256,33 +286,54 @@ class CupyDevice:
             finally:
                 self._capture = None
             graph = stream.end_capture()
-        recording = Recording(result, graph.launch, (pool, capture.kept))
-        self._count_recorded(int(pool.total_bytes()))
-        weakref.finalize(recording, self._count_recorded, -int(pool.total_bytes()))
+
+        def replay() -> None:
+            with self._device:
+                graph.launch()
+
+        self._pools.append(pool)
+        recording = Recording(result, replay, (pool, capture.kept))
+        weakref.finalize(recording, self._retired.append, pool)
         return recording
 
-    def _count_recorded(self, nbytes: int) -> None:
-        self._recorded += nbytes
+    def _free_retired(self) -> None:
+        """Free what recordings that are gone have left, results that are still read apart: no pool does of itself."""
+        for pool in tuple(self._retired):
+            pool.free_all_blocks()
+            if not pool.total_bytes():
+                self._retired.remove(pool)
+                self._pools.remove(pool)
 
+    @_there
     def free_bytes(self) -> int:
         """Return what the driver has free and what the pool holds without using it."""
         free, _ = self._device.mem_info
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
+    @_there
     def usage(self) -> Usage:
         """Return what the pools and the driver say."""
         pool, (free, total) = self._cupy.get_default_memory_pool(), self._device.mem_info
-        recorded = self._recorded
+        self._free_retired()
+        recorded = sum(int(pool.total_bytes()) for pool in self._pools)
         return Usage(int(pool.used_bytes()) + recorded, int(pool.total_bytes()) + recorded, int(total) - int(free))
 
+    @_there
     def trim(self) -> None:
         """Empty CuPy's pool of what is free; the driver waits for the work that still uses it."""
+        self._free_retired()
         self._cupy.get_default_memory_pool().free_all_blocks()
+
+    @_there
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy, in the order of the current stream."""
+        target[...] = source
 
     def pointer(self, array: Any) -> int:
         """Return the address of the array's first element."""
         return int(array.data.ptr)
 
+    @_there
     def launch(self, kernel: Kernel, size: Size, *arguments: Any) -> None:
         """Run a kernel on the current stream; its first use compiles it, or finds it in CuPy's cache."""
         function = self._kernels.get(kernel)
@@ -297,9 +348,10 @@ class CupyDevice:
         self._keep(*values)
         function(size.grid, (size.threads, 1, 1), values, shared_mem=size.shared)
 
+    @_there
     def multiply_halves(self, x: Any, weight: Any, out: Any) -> None:
         """out = x weight^T by cuBLAS, float16 products in float32 sums."""
-        cublas = import_module("cupy_backends.cuda.libs").cublas
+        cublas = import_module("cupy_backends.cuda.libs.cublas")
         half, single = self._cupy.cuda.runtime.CUDA_R_16F, self._cupy.cuda.runtime.CUDA_R_32F
         (tokens, width), rows = x.shape, weight.shape[0]
         one, zero = np.ones((), np.float32), np.zeros((), np.float32)

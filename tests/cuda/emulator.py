@@ -150,6 +150,11 @@ class EmulatedDevice:
         """Return the arrays, and a pool that keeps what it once had."""
         return Usage(self.held, self._pooled, self._pooled)
 
+    def copy(self, target: NDArray[Any], source: NDArray[Any]) -> None:
+        """Copy at once."""
+        self._refuse_while_recording()
+        target[...] = source
+
     def trim(self) -> None:
         """Leave nothing in the pool but arrays that are alive."""
         self._pooled = self.held

@@ -73,6 +73,41 @@ class Function:
         self.launches.append((grid, block, values, shared_mem))
 
 
+class Gpu:
+    """A device that is the current one while it is entered."""
+
+    cublas_handle, mem_info = 1, (5_000_000, 80_000_000)
+
+    def __init__(self, current: list[int], index: int) -> None:
+        self.current, self.index = current, index
+
+    def use(self) -> None:
+        pass
+
+    def __enter__(self) -> "Gpu":
+        self.current.append(self.index)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.current.pop()
+
+
+class GraphPool:
+    """A pool that holds a megabyte until it is emptied, which it cannot be while an array of it is read."""
+
+    malloc = "the graph's pool"
+    read = False
+
+    def __init__(self) -> None:
+        self.held = 1_000_000
+
+    def total_bytes(self) -> int:
+        return self.held
+
+    def free_all_blocks(self) -> None:
+        self.held *= self.read
+
+
 class Stream:
     """A stream that keeps a log of what becomes of it; `ptr` is its number."""
 
@@ -128,14 +163,16 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     module.empty = lambda shape, dtype: np.full(shape, 0x55, dtype).view(Array)
     module.zeros = lambda shape, dtype: np.zeros(shape, dtype).view(Array)
     module.asnumpy = np.asarray
-    pool = {"free_bytes": 2_000_000, "used_bytes": 3_000_000, "total_bytes": 5_000_000}
-    module.get_default_memory_pool = lambda: SimpleNamespace(**{name: partial(int, n) for name, n in pool.items()})
+    sizes = {"free_bytes": 2_000_000, "used_bytes": 3_000_000, "total_bytes": 5_000_000}
+    pool = SimpleNamespace(**{name: partial(int, size) for name, size in sizes.items()}, free_all_blocks=lambda: None)
+    module.get_default_memory_pool = lambda: pool
+    module.current = []
     module.cuda = SimpleNamespace(
-        Device=lambda index: SimpleNamespace(use=lambda: None, cublas_handle=1, mem_info=(5_000_000, 80_000_000)),
+        Device=partial(Gpu, module.current),
         Event=lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
         get_current_stream=lambda: Stream(module.log, 7),
         Stream=lambda non_blocking: Stream(module.log, 8, non_blocking),
-        MemoryPool=lambda: SimpleNamespace(malloc="the graph's pool", total_bytes=lambda: 1_000_000),
+        MemoryPool=GraphPool,
         using_allocator=lambda allocator: using_allocator(module.log, allocator),
         memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         runtime=SimpleNamespace(
@@ -150,9 +187,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     cupyx: Any = ModuleType("cupyx")
     cupyx.empty_pinned = np.empty
-    libraries: Any = ModuleType("cupy_backends.cuda.libs")
-    libraries.cublas = Cublas("cublas")
-    for name, value in (("cupy", module), ("cupyx", cupyx), ("cupy_backends.cuda.libs", libraries)):
+    for name, value in (("cupy", module), ("cupyx", cupyx), ("cupy_backends.cuda.libs.cublas", Cublas("cublas"))):
         monkeypatch.setitem(sys.modules, name, value)
     return module
 
@@ -213,8 +248,27 @@ def test_usage_counts_what_recordings_hold(cupy: Any) -> None:
     assert device.usage() == (3_000_000, 5_000_000, 75_000_000)
     recording = device.record(lambda: None)
     assert device.usage() == (4_000_000, 6_000_000, 75_000_000)
+    (pool, _) = recording.holds
+    pool.read = True  # by somebody who has the result
     del recording
+    assert device.usage() == (4_000_000, 6_000_000, 75_000_000)
+    pool.read = False
     assert device.usage() == (3_000_000, 5_000_000, 75_000_000)
+    assert pool.held == 0
+
+
+def test_work_goes_to_the_device_whichever_one_is_current(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, where = CupyDevice(3), []
+    graph = SimpleNamespace(launch=lambda: where.append(tuple(cupy.current)))
+    monkeypatch.setattr(Stream, "end_capture", lambda self: graph)
+    array = device.zeros((3,), np.float32)
+
+    def work() -> None:
+        where.append(tuple(cupy.current))
+        device.launch(Kernel("decoder.cu", "add"), Size((1, 1, 1), 32), array, None, np.uint64(3))
+
+    device.record(work).replay()
+    assert where == [(3,), (3,), (3,)] and not cupy.current
 
 
 def test_copies_from_and_to_page_locked_memory(cupy: Any, rng: np.random.Generator) -> None:

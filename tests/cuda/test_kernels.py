@@ -110,8 +110,14 @@ def test_products_of_many_rows(
         random_linear(n, cols, int(block), col_scale=block < 100, bias=True) for n, block in ((40, 32), (23, 128))
     ]
     x = (rng.standard_normal((6, cols)) * 100).astype(np.float32)
-    found = multiply(device, LinearGroup(device, linears), x)
-    assert references.error(found, references.products(x, linears)) < 1e-3
+    group = LinearGroup(device, linears)
+    assert references.error(multiply(device, group, x), references.products(x, linears)) < 1e-3
+    halves = x.astype(np.float16)
+    found = multiply(device, group, halves, launch.Dtype.FLOAT16)
+    assert found.dtype == np.float16
+    assert references.error(found, references.products(halves, linears)) < 1e-3
+    found = from_bfloat16(multiply(device, group, bfloat16(x), launch.Dtype.BFLOAT16))
+    assert references.error(found, references.products(from_bfloat16(bfloat16(x)), linears)) < 5e-3
 
 
 def test_unpacked_levels_are_exact(device: Device, random_linear: RandomLinear) -> None:

@@ -68,6 +68,32 @@ def test_a_replayed_step_is_the_direct_one(
     assert alike(found, in_parts(model, tokens, parts, cuts))
 
 
+def test_growth_that_is_interrupted_leaves_no_step_that_reads_what_is_gone(
+    load: Load, device: Device, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between two layers; the context is cut back and goes on with steps that were recorded before."""
+    model, tokens = load("llama"), rng.integers(0, 320, 20)
+    cache = model.new_cache()
+    for token in tokens[:8]:
+        model.forward([token], cache)
+    cache.truncate(4)
+    wanted = [model.forward([token], cache) for token in tokens[4:8]]
+    zeros, asked = device.zeros, []
+
+    def interrupted(shape: Any, dtype: Any) -> Any:
+        asked.append(shape)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return zeros(shape, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "zeros", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.forward(tokens[8:9], cache)
+    cache.truncate(4)
+    assert alike([model.forward([token], cache) for token in tokens[4:8]], wanted)
+
+
 def test_caches_have_steps_of_their_own(load: Load, rng: np.random.Generator) -> None:
     """Two texts in turn, token by token."""
     model = load("llama")
