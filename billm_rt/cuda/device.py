@@ -315,7 +315,7 @@ class CupyDevice:
         """Return what the pools and the driver say."""
         pool, (free, total) = self._cupy.get_default_memory_pool(), self._device.mem_info
         self._free_retired()
-        recorded = sum(int(pool.total_bytes()) for pool in self._pools)
+        recorded = sum(int(own.total_bytes()) for own in self._pools)
         return Usage(int(pool.used_bytes()) + recorded, int(pool.total_bytes()) + recorded, int(total) - int(free))
 
     @_there

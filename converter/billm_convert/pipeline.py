@@ -1,11 +1,9 @@
 """A whole conversion: one decoder block in memory at a time, each calibrated on the binarized blocks before it."""
 
 import contextlib
-import platform
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +169,9 @@ class Conversion:
         except torch.cuda.OutOfMemoryError as error:
             raise DoesNotFitError(
                 f"{resources.describe_device(self.device)} ran out of memory while {self._stage}; "
-                f"{work.finished_blocks()} finished blocks are kept: make room there and run the same command with "
-                "--resume, or start over (--force) with a smaller --nsamples or --seqlen, or with --device cpu"
+                f"{work.finished_blocks()} of {self.config.num_hidden_layers} blocks are finished and kept: make room "
+                "there and run the same command with --resume, or start over (--force) with a smaller --nsamples or "
+                "--seqlen, or with --device cpu"
             ) from error
 
     def _check_room(self, work: WorkFolder) -> None:
@@ -239,7 +238,7 @@ class Conversion:
             "device": resources.device_model(self.device),
             "--threads": torch.get_num_threads(),
             **{f"--{key.replace('_', '-')}": value for key, value in self.chosen().items()},
-            **_versions(),
+            **resources.versions(),
         }
 
     def chosen(self) -> dict[str, Any]:
@@ -268,7 +267,7 @@ class Conversion:
             "settings": self.chosen(),
             "source": {"family": self.config.family, "sha256": self.source.identity()},
             "device": self.device.type,
-            "versions": _versions(),
+            "versions": resources.versions(),
             "layers": [linear.to_json() for linear in self._linears],
         }
 
@@ -491,13 +490,3 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"{out} is a folder; give the name of the file to write")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: there is no folder {out.parent}; make it first")
-
-
-def _versions() -> dict[str, str]:
-    out = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
-    for package in ("billm-rt", "transformers"):
-        try:
-            out[package] = version(package)
-        except PackageNotFoundError:
-            out[package] = "source tree"
-    return out

@@ -1,11 +1,14 @@
 """What a conversion needs of the machine, computed before it starts, and what it has used."""
 
 import hashlib
+import platform
 import resource
 import shutil
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
@@ -179,3 +182,14 @@ def code_digest() -> str:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return what a result may depend on beside this program: package -> version."""
+    out = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
+    for package in ("billm-rt", "transformers"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            out[package] = "source tree"
+    return out

@@ -488,7 +488,7 @@ def test_a_device_that_is_full_is_one_sentence_and_loses_nothing(
         assert main([*argv, "--quiet"]) == EXIT_DOES_NOT_FIT
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "ran out of memory while binarizing; 1 finished blocks are kept: make room" in error
+    assert "ran out of memory while binarizing; 1 of 2 blocks are finished and kept: make room" in error
     assert "--resume" in error
     assert main([*argv, "--quiet", "--resume"]) == 0
     assert out.read_bytes() == (tmp_path / "whole.billm").read_bytes()

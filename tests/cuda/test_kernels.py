@@ -11,7 +11,7 @@ from random_linear import RandomLinear
 from random_model import tiny_config
 
 from billm_format.config import ModelConfig
-from billm_format.packing import Table
+from billm_format.packing import PackedLinear, Table
 from billm_rt.backend import Norm
 from billm_rt.cuda import launch
 from billm_rt.cuda.cache import DeviceBatch, DeviceCache, KeysValues, View
@@ -40,6 +40,16 @@ def multiply(device: Device, group: LinearGroup, x: np.ndarray, dtype: launch.Dt
     return device.download(group.multiply(device.upload(x), dtype))
 
 
+def check_16_bits(device: Device, group: LinearGroup, x: np.ndarray, linears: list[PackedLinear]) -> None:
+    """Hold the group's products of x, rounded to either type of 16 bits, against the reference."""
+    halves = x.astype(np.float16)
+    found = multiply(device, group, halves, launch.Dtype.FLOAT16)
+    assert found.dtype == np.float16
+    assert references.error(found, references.products(halves, linears)) < 1e-3
+    found = from_bfloat16(multiply(device, group, bfloat16(x), launch.Dtype.BFLOAT16))
+    assert references.error(found, references.products(from_bfloat16(bfloat16(x)), linears)) < 5e-3
+
+
 @pytest.mark.parametrize("shape", list(launch.gemv_shapes()), ids=str)
 def test_gemv_of_every_shape(
     shape: launch.GemvShape, device: Device, random_linear: RandomLinear, rng: np.random.Generator
@@ -57,12 +67,7 @@ def test_gemv_of_every_shape(
         if shape.split == 2:
             assert references.error(multiply(device, group, x), references.products(x, linears)) < FLOAT32
             continue
-        halves = x.astype(np.float16)
-        found = multiply(device, group, halves, launch.Dtype.FLOAT16)
-        assert found.dtype == np.float16
-        assert references.error(found, references.products(halves, linears)) < 1e-3
-        found = from_bfloat16(multiply(device, group, bfloat16(x), launch.Dtype.BFLOAT16))
-        assert references.error(found, references.products(from_bfloat16(bfloat16(x)), linears)) < 5e-3
+        check_16_bits(device, group, x, linears)
 
 
 @pytest.mark.parametrize("block", [32, 64, 128, 256])
@@ -112,12 +117,7 @@ def test_products_of_many_rows(
     x = (rng.standard_normal((6, cols)) * 100).astype(np.float32)
     group = LinearGroup(device, linears)
     assert references.error(multiply(device, group, x), references.products(x, linears)) < 1e-3
-    halves = x.astype(np.float16)
-    found = multiply(device, group, halves, launch.Dtype.FLOAT16)
-    assert found.dtype == np.float16
-    assert references.error(found, references.products(halves, linears)) < 1e-3
-    found = from_bfloat16(multiply(device, group, bfloat16(x), launch.Dtype.BFLOAT16))
-    assert references.error(found, references.products(from_bfloat16(bfloat16(x)), linears)) < 5e-3
+    check_16_bits(device, group, x, linears)
 
 
 def test_unpacked_levels_are_exact(device: Device, random_linear: RandomLinear) -> None:
