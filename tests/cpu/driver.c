@@ -44,6 +44,7 @@ enum { SIGN, SECOND, SALIENT, SCALES, VALUES, NIBBLES, STEPS, X, X_SCALE, ROW_SC
 struct problem {
     struct guarded memory[BLOCKS];
     struct billm_weight binary, int8, int4;
+    void *arranged[2]; /* of the binary weight and of its part */
     struct billm_tokens x;
     struct billm_epilogue epilogue;
     size_t out_stride, out_floats;
@@ -118,6 +119,8 @@ static void make(struct problem *p) {
                                       p->memory[SCALES].data,
                                       NULL};
     p->binary.narrow = billm_has_narrow_levels(&p->binary);
+    p->binary.arranged = &p->arranged[0];
+    p->arranged[0] = p->arranged[1] = NULL;
     p->int8 = (struct billm_weight){.rows = rows, .cols = cols, .block = block, .blocks = blocks, .stride = cols};
     p->int8.values = p->memory[VALUES].data;
     p->int4 = (struct billm_weight){.rows = rows, .cols = cols, .block = 32, .blocks = units, .stride = 16 * units};
@@ -129,17 +132,18 @@ static void make(struct problem *p) {
 
 /* The weights of the problem's blocks, and the first rows of the binary one added to what is there, side by side in one
  * output. One of 4 bits has blocks of its own: it joins where they agree. */
-static size_t products_of(const struct problem *p, struct billm_weight *part, float *out, struct billm_product list[3]) {
+static size_t products_of(struct problem *p, struct billm_weight *part, float *out, struct billm_product list[3]) {
     size_t rows = p->binary.rows, stride = p->out_stride;
     *part = p->binary;
     part->rows = (rows + 1) / 2;
+    part->arranged = &p->arranged[1];
     list[0] = (struct billm_product){&p->binary, p->epilogue, out, stride, 0};
     list[1] = (struct billm_product){p->binary.block == 32 && rows % 2 ? &p->int4 : &p->int8, p->epilogue, out + rows, stride, 0};
     list[2] = (struct billm_product){part, p->epilogue, out + 2 * rows, stride, 1};
     return 3;
 }
 
-static void run(const char *isa, const struct problem *p, int into) {
+static void run(const char *isa, struct problem *p, int into) {
     float *out = p->memory[into].data;
     size_t count = p->out_floats;
     memset(out, 0xff, 4 * count); /* NaN */
@@ -155,7 +159,7 @@ static void run(const char *isa, const struct problem *p, int into) {
     }
 }
 
-static int differs(const char *isa, const struct problem *p) {
+static int differs(const char *isa, struct problem *p) {
     run("portable", p, EXPECTED);
     run(isa, p, OUT);
     const float *out = p->memory[OUT].data, *expected = p->memory[EXPECTED].data;
@@ -207,6 +211,8 @@ int main(int argc, char **argv) {
         billm_pool_set_threads(1 + (int)below(3));
         for (int i = 3; i < argc && !bad; i++)
             bad = differs(argv[i], &p) || quantize_differs(argv[i], &p);
+        free(p.arranged[0]);
+        free(p.arranged[1]);
         for (int i = 0; i < BLOCKS; i++)
             munmap(p.memory[i].map, p.memory[i].map_size);
     }

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 SOURCES = TESTS.parents[1] / "billm_rt" / "cpu" / "src"
 FLAGS = ("-std=gnu11", "-ffp-contract=off", "-pthread", "-Wno-psabi", f"-I{SOURCES}")
 X86 = (
-    *("dispatch", "pool", "portable", "avx2", "avx512", "avx512_narrow", "avx512_table"),
+    *("dispatch", "pool", "portable", "avx2", "lookup", "avx512", "avx512_narrow", "avx512_table"),
     *("float_portable", "float_avx2", "float_avx512"),
 )
 ARM = ("dispatch", "pool", "portable", "neon", "float_portable", "float_neon")

@@ -6,43 +6,8 @@ void billm_avx2_quantize(const float *x, const float *col_scale, size_t cols, si
     billm_quantize_token(x, col_scale, cols, block, bits, values, scales);
 }
 
-/* sum(level * x) of each unit of a slab, from 32 bytes of both planes and the magnitudes of each unit's block. */
-static inline __m256i unit_sums(__m256i sign, __m256i second, const struct billm_slab *x, __m256i magnitudes) {
-    const __m256i ones = _mm256_set1_epi8(1), differences = _mm256_set1_epi16(0x01ff); /* bytes -1, 1 */
-    const __m256i low_twice = _mm256_set1_epi32(0x01000100), high_twice = _mm256_set1_epi32(0x03020302);
-    const __m256i lanes =
-        _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
-    __m256i q = _mm256_xor_si256(second, _mm256_andnot_si256(sign, _mm256_load_si256((const void *)x->not_salient)));
-    __m256i sp = _mm256_setzero_si256(), ss = sp, qp = sp, qs = sp;
-    for (int k = 0; k < 8; k++) {
-        __m256i plain = _mm256_load_si256((const void *)x->plain[k]);
-        __m256i salient = _mm256_load_si256((const void *)x->salient[k]);
-        __m256i s_bit = _mm256_and_si256(sign, ones), q_bit = _mm256_and_si256(q, ones);
-        sign = _mm256_srli_epi16(sign, 1);
-        q = _mm256_srli_epi16(q, 1);
-        sp = _mm256_add_epi16(sp, _mm256_maddubs_epi16(s_bit, plain));
-        ss = _mm256_add_epi16(ss, _mm256_maddubs_epi16(s_bit, salient));
-        qp = _mm256_add_epi16(qp, _mm256_maddubs_epi16(q_bit, plain));
-        qs = _mm256_add_epi16(qs, _mm256_maddubs_epi16(q_bit, salient));
-    }
-    __m256i m01 = _mm256_shuffle_epi8(magnitudes, _mm256_add_epi8(lanes, low_twice));
-    __m256i m23 = _mm256_shuffle_epi8(magnitudes, _mm256_add_epi8(lanes, high_twice));
-    __m256i sum = _mm256_madd_epi16(sp, _mm256_maddubs_epi16(m01, ones));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(ss, _mm256_maddubs_epi16(m23, ones)));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(qp, _mm256_maddubs_epi16(m01, differences)));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(qs, _mm256_maddubs_epi16(m23, differences)));
-    __m256i m1m3 = _mm256_srli_epi16(magnitudes, 8);
-    return _mm256_sub_epi32(sum, _mm256_madd_epi16(m1m3, _mm256_load_si256((const void *)x->sums)));
-}
-
 static inline __m256i dot(__m256i sum, __m256i a, __m256i b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-}
-
-/* Levels of even bytes, then those of odd ones, as words. */
-BILLM_INLINE __m256i narrow_words(__m256i x) {
-    return _mm256_shuffle_epi8(
-        x, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
 }
 
 BILLM_INLINE __m256i nibble_products(__m256i first, __m256i last, const int8_t x[2][32]) {
@@ -51,36 +16,20 @@ BILLM_INLINE __m256i nibble_products(__m256i first, __m256i last, const int8_t x
     return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
 }
 
-BILLM_INLINE void add_narrow(__m256i sums[2], __m256i levels, const uint8_t x[2][32]) {
-    const __m256i even = _mm256_and_si256(levels, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(levels, 8);
-    sums[0] = dot(sums[0], even, _mm256_load_si256((const void *)x[0]));
-    sums[1] = dot(sums[1], odd, _mm256_load_si256((const void *)x[1]));
-}
-
-BILLM_INLINE __m256i narrow_total(const __m256i sums[2]) {
-    return _mm256_add_epi32(sums[0], sums[1]);
-}
-
 #include "decode256.h"
 
-void billm_avx2_binary_gemv_small(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
-                                  size_t row, size_t end, float *acc) {
-    if (bits == 8)
-        billm_gemv(w, prepared, 8, x_scale, row, end, acc, unit_sums);
-    else
-        billm_gemv(w, prepared, 16, x_scale, row, end, acc, unit_sums);
-}
-
 size_t billm_avx2_prepared_bytes(const struct billm_weight *w) {
-    if (w->nibbles)
-        return w->blocks * sizeof(struct billm_nibble_input);
-    if (w->values)
-        return billm_round_up(w->cols, 16) * sizeof(int16_t);
-    return w->block < WORD_COLS ? 2 * billm_slabs(w) * sizeof(struct billm_slab) : word_slabs(w) * sizeof(struct words);
+    if (w->sign)
+        return billm_lookup_prepared_bytes(w);
+    return w->nibbles ? w->blocks * sizeof(struct billm_nibble_input) : billm_round_up(w->cols, 16) * sizeof(int16_t);
 }
 
-void billm_avx2_prepare_table(const struct billm_weight *w, const int16_t *x, void *prepared) {
+void billm_avx2_prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
     struct billm_nibble_input *unit = prepared;
+    if (w->sign) {
+        billm_lookup_prepare(w, x, prepared);
+        return;
+    }
     memset(prepared, 0, billm_avx2_prepared_bytes(w));
     if (w->values)
         memcpy(prepared, x, w->cols * sizeof *x);
@@ -267,10 +216,14 @@ const struct billm_isa billm_avx2 = {
     .tile_rows = TILE_ROWS,
     .token_step = TOKEN_STEP,
     .packed_bytes = sizeof(int16_t),
+    .row_step = BILLM_LOOKUP_ROWS,
     .quantize = billm_avx2_quantize,
+    .arranged_bytes = billm_lookup_bytes,
+    .arrange_begin = billm_lookup_begin,
+    .arrange = billm_lookup_arrange,
     .prepared_bytes = billm_avx2_prepared_bytes,
-    .prepare = prepare,
-    .binary_gemv = binary_gemv,
+    .prepare = billm_avx2_prepare,
+    .binary_gemv = billm_lookup_gemv,
     .int8_gemv = int8_gemv,
     .int4_gemv = int4_gemv,
     .binary_tile = billm_avx2_binary_tile,

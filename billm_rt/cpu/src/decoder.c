@@ -103,8 +103,8 @@ static struct own *own_of(const struct work *w, size_t thread) {
     return (void *)(w->own + thread * w->own_size);
 }
 
-/* The most that the products of one group want prepared. */
-static size_t most_prepared(const struct work *w) {
+/* Arrange all weights, and find the most that the products of one group want prepared; -1 when memory runs out. */
+static int arrange_weights(struct work *w) {
     size_t most = w->logits ? w->isa->prepared_bytes(&w->decoder->head.table) : 0;
     for (size_t i = 0; i < w->layers; i++) {
         const struct billm_layer *layer = &w->decoder->layers[w->first + i];
@@ -112,18 +112,24 @@ static size_t most_prepared(const struct work *w) {
         for (size_t g = 0; g < 4; g++) {
             size_t size = 0;
             for (size_t j = 0; j < groups[g]->count; j++)
-                for (size_t n = 0; n < groups[g]->inputs[j].count; n++)
-                    size += billm_round_up(w->isa->prepared_bytes(groups[g]->inputs[j].products[n].weight), 64);
+                for (size_t n = 0; n < groups[g]->inputs[j].count; n++) {
+                    const struct billm_weight *weight = groups[g]->inputs[j].products[n].weight;
+                    if (billm_arrange_in_turn(weight))
+                        return -1;
+                    size += billm_round_up(w->isa->prepared_bytes(weight), 64);
+                }
             most = larger_of(most, size);
         }
     }
-    return most;
+    w->prepared_size = most;
+    return 0;
 }
 
 static int make_room(struct work *w) {
     struct billm_decoder *d = w->decoder;
     if (in_one_run(w)) {
-        w->prepared_size = most_prepared(w);
+        if (arrange_weights(w))
+            return -1;
         w->own_size = lay_out_own(w, NULL);
     }
     size_t needed = lay_out(w, NULL);

@@ -21,8 +21,7 @@ enum {
     WEIGHTS_PER_TASK = 1 << 15, /* about a microsecond of work: handing out less costs more than it gains */
     TOKENS_PER_TASK = 16,       /* packed by one task */
     MAX_ROWS = 256,             /* rows whose sums wait together for their epilogue */
-    TASKS_PER_THREAD = 4,       /* most of them in decoding: each costs a turn of a cache line between the threads */
-    ROW_STEP = 16               /* decoding computes rows by so many */
+    TASKS_PER_THREAD = 4        /* most of them in decoding: each costs a turn of a cache line between the threads */
 };
 
 /* ---- selection ---- */
@@ -294,6 +293,38 @@ static void gemm_task(void *context, size_t index) {
            share.product->out + job->first_token * share.product->out_stride);
 }
 
+/* ---- the order in which decoding reads planes ---- */
+
+struct arranging {
+    const struct billm_isa *isa;
+    const struct billm_weight *weight;
+    void *memory;
+    size_t steps_per_task;
+};
+
+static void arrange_task(void *context, size_t index) {
+    const struct arranging *job = context;
+    const size_t steps = (job->weight->rows + job->isa->row_step - 1) / job->isa->row_step;
+    size_t step = index * job->steps_per_task, end = billm_min(step + job->steps_per_task, steps);
+    for (; step < end; step++)
+        job->isa->arrange(job->weight, step, job->memory);
+}
+
+int billm_arrange_in_turn(const struct billm_weight *w) {
+    struct arranging job = {.isa = billm_isa_in_turn(), .weight = w};
+    if (!w->sign || !job.isa->arrange || *w->arranged)
+        return 0;
+    job.memory = aligned_alloc(64, billm_round_up(job.isa->arranged_bytes(w), 64));
+    if (!job.memory)
+        return -1;
+    job.isa->arrange_begin(w, job.memory);
+    const size_t rows_per_task = billm_rows_per_task(&w->rows, 1, w->cols);
+    job.steps_per_task = rows_per_task / job.isa->row_step;
+    billm_pool_run(arrange_task, &job, (w->rows + rows_per_task - 1) / rows_per_task);
+    *w->arranged = job.memory;
+    return 0;
+}
+
 /* ---- products ---- */
 
 /* Number the tasks; returns how many there are. */
@@ -310,14 +341,15 @@ static size_t cut_tasks(struct job *job, size_t rows_per_task) {
 
 size_t billm_rows_per_task(const size_t *rows, size_t count, size_t cols) {
     const uint32_t threads = (uint32_t)billm_pool_threads();
-    const size_t fewest = billm_round_up((WEIGHTS_PER_TASK + cols - 1) / cols, ROW_STEP);
+    const size_t step = billm_isa_in_turn()->row_step;
+    const size_t fewest = billm_round_up((WEIGHTS_PER_TASK + cols - 1) / cols, step);
     size_t all = 0, best = 0, least = (size_t)-1;
     for (size_t i = 0; i < count; i++)
         all += rows[i];
     if (threads == 1)
-        return billm_round_up(all, ROW_STEP);
+        return billm_round_up(all, step);
     for (uint32_t each = 1; each <= TASKS_PER_THREAD; each++) {
-        const size_t even = billm_round_up(((uint32_t)all + each * threads - 1) / (each * threads), ROW_STEP);
+        const size_t even = billm_round_up(((uint32_t)all + each * threads - 1) / (each * threads), step);
         const size_t size = even > fewest ? even : fewest;
         uint32_t tasks = 0;
         for (size_t i = 0; i < count; i++)
@@ -345,6 +377,8 @@ static uint8_t *job_scratch(struct job *job, size_t size) {
 static int run_gemv(struct job *job) {
     size_t size = 0, rows[3];
     for (size_t i = 0; i < job->count; i++) {
+        if (billm_arrange_in_turn(job->products[i].weight))
+            return -1;
         size += billm_round_up(job->isa->prepared_bytes(job->products[i].weight), 64);
         rows[i] = job->products[i].weight->rows;
     }

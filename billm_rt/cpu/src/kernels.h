@@ -42,6 +42,7 @@ struct billm_weight {
     const uint8_t *nibbles; /* [rows, 16 * blocks], the block being a unit: its columns i and 16 + i are byte i */
     const int8_t *steps;    /* [blocks, rows]: level = (nibble - 8) * step */
     int narrow;             /* what billm_has_narrow_levels says of the scales; 0 will always do */
+    void **arranged;        /* of planes: what `billm_arrange_in_turn` made, at first NULL. One layout serves a machine */
 };
 
 /* Quantized activations of `count` tokens. */
@@ -76,13 +77,20 @@ struct billm_isa {
     size_t tile_rows;    /* rows of a tile, at most BILLM_TILE_ROWS */
     size_t token_step;   /* `multiply` takes tokens by so many, a power of 2 */
     size_t packed_bytes; /* bytes of a packed activation */
+    size_t row_step;     /* decoding takes rows by so many */
 
     /* One token: x [cols] (times col_scale [cols] if not NULL) to values [cols], scales [blocks]. */
     void (*quantize)(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
                      float *scales);
 
+    /* What decoding reads instead of the planes, where not NULL: so many bytes (64-byte aligned), begun once, then filled
+     * by steps of rows. */
+    size_t (*arranged_bytes)(const struct billm_weight *weight);
+    void (*arrange_begin)(const struct billm_weight *weight, void *arranged);
+    void (*arrange)(const struct billm_weight *weight, size_t step, void *arranged);
+
     /* Decoding: one token, written once in the form that the weight's product wants (64-byte aligned), then rows at
-     * will. */
+     * will, from a whole step on. */
     size_t (*prepared_bytes)(const struct billm_weight *weight);
     void (*prepare)(const struct billm_weight *weight, const int16_t *x, void *prepared);
     void (*binary_gemv)(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
@@ -117,12 +125,19 @@ extern const struct billm_isa billm_portable;
 extern const struct billm_isa billm_avx2, billm_avxvnni, billm_avx512, billm_amx;
 /* What AVX-512 takes over from AVX2, done once per many tokens, and what AVX-VNNI does. */
 enum { BILLM_AVX2_TILE_ROWS = 16, BILLM_AVX2_TOKEN_STEP = 4 };
+/* lookup.c: decoding with AVX2, `*weight->arranged` being there */
+enum { BILLM_LOOKUP_ROWS = 32 };
+size_t billm_lookup_bytes(const struct billm_weight *weight);
+void billm_lookup_begin(const struct billm_weight *weight, void *arranged);
+void billm_lookup_arrange(const struct billm_weight *weight, size_t tile, void *arranged);
+size_t billm_lookup_prepared_bytes(const struct billm_weight *weight);
+void billm_lookup_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
+void billm_lookup_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+                       size_t row, size_t end, float *acc);
 void billm_avx2_quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
                          float *scales);
 size_t billm_avx2_prepared_bytes(const struct billm_weight *weight);
-void billm_avx2_prepare_table(const struct billm_weight *weight, const int16_t *x, void *prepared);
-void billm_avx2_binary_gemv_small(const struct billm_weight *weight, const void *prepared, int bits,
-                                  const float *x_scale, size_t row, size_t end, float *acc);
+void billm_avx2_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
 void billm_avx2_multiply(const struct billm_weight *weight, const void *tile, size_t col, size_t cols,
                          const void *panel, size_t stride, int bits, const float *x_scale, size_t scale_stride,
                          size_t tokens, float *acc);
@@ -176,6 +191,9 @@ void billm_quantize_in_turn(const float *x, const float *col_scale, size_t token
                             int16_t *values, float *scales);
 int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x);
 int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x);
+/* See to it that the weight lies as decoding reads it, for which it takes memory that `arranged` then points to and its
+ * owner frees; -1 when memory runs out. */
+int billm_arrange_in_turn(const struct billm_weight *weight);
 
 /* Decoding by parts: rows row .. end of a product, from the token that the instruction set prepared for its weight; and
  * how many rows make a task, so that threads which are equally quick are done at the same time, or nearly (nine tasks

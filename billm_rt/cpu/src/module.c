@@ -1,6 +1,8 @@
 /* The Python extension: checks every buffer (format, contiguity, shape), then computes without the interpreter lock. */
 #include "binding.h"
 
+#include <stdlib.h>
+
 /* ---- checks ---- */
 
 static const char *format_name(const char *format) {
@@ -132,6 +134,7 @@ enum { SIGN, SECOND, SALIENT, SCALES, SCALE, BIAS, TENSORS };
 struct binary_linear {
     PyObject_HEAD struct billm_weight weight;
     struct billm_epilogue epilogue;
+    void *arranged; /* the weight's */
     Py_buffer views[TENSORS];
 };
 
@@ -173,6 +176,7 @@ static PyObject *binary_linear_new(PyTypeObject *type, PyObject *args, PyObject 
     self->weight = (struct billm_weight){.rows = (size_t)rows, .cols = (size_t)cols, .block = (size_t)block};
     self->weight.blocks = blocks_of((size_t)cols, (size_t)block);
     self->weight.stride = 4 * blocks_of((size_t)cols, 32);
+    self->weight.arranged = &self->arranged;
     if (take_weight(self, t)) {
         Py_DECREF((PyObject *)self);
         return NULL;
@@ -184,6 +188,7 @@ static void binary_linear_dealloc(PyObject *object) {
     struct binary_linear *self = (struct binary_linear *)object;
     PyTypeObject *type = Py_TYPE(object);
     billm_release(self->views, TENSORS);
+    free(self->arranged);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF((PyObject *)type);
 }

@@ -475,6 +475,7 @@ const struct billm_isa billm_neon = {
     .tile_rows = TILE_ROWS,
     .token_step = TOKEN_STEP,
     .packed_bytes = sizeof(int16_t),
+    .row_step = 16,
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,

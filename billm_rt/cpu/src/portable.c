@@ -153,6 +153,7 @@ const struct billm_isa billm_portable = {
     .tile_rows = TILE_ROWS,
     .token_step = 1,
     .packed_bytes = sizeof(int16_t),
+    .row_step = 16,
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
