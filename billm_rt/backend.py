@@ -58,6 +58,10 @@ class FusedLayers(Protocol):
         """
         ...
 
+    def copied_bytes(self) -> int:
+        """Return the bytes of the process's memory in which weights lie a second time, as decoding reads them."""
+        ...
+
 
 @runtime_checkable
 class FusedHead(Protocol):

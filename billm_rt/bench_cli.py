@@ -125,8 +125,9 @@ def _report(model: "Model", prompt: "Speed", decode: "Speed", args: argparse.Nam
         "resident_bytes": memory["rss"],
         "memory": {
             "file": in_file,
+            "copied": memory["copied"],
             "kv_cache": memory["kv_cache"],
-            "rest": memory["rss"] - in_file - (memory["kv_cache"] if on_cpu else 0),
+            "rest": memory["rss"] - in_file - memory["copied"] - (memory["kv_cache"] if on_cpu else 0),
         },
         "device_memory": model.device_memory() or None,
         "weight_bytes_per_token": per_token,
@@ -163,6 +164,8 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{_bytes(memory['kv_cache'])} KV cache",
         f"{_bytes(memory['rest'])} rest",
     ]
+    if memory["copied"]:
+        parts.insert(1, f"{_bytes(memory['copied'])} planes put in order")
     held = report["device_memory"]
     if held:
         weights = sum(size for kind, size in held.items() if kind.startswith("weights."))

@@ -9,9 +9,10 @@ from billm_format.reader import BillmFile
 from billm_rt.cache import KVCache
 
 
-def memory_report(file: BillmFile, caches: Iterable[KVCache]) -> dict[str, int]:
-    """Return bytes under the keys `weights.<kind>` (mapped from the file), `kv_cache`, `rss` and `peak_rss`."""
+def memory_report(file: BillmFile, caches: Iterable[KVCache], copied: int) -> dict[str, int]:
+    """Return bytes: `weights.<kind>` (mapped from the file), `copied` as given, `kv_cache`, `rss` and `peak_rss`."""
     report = {f"weights.{kind}": size for kind, size in file.sizes_by_kind().items()}
+    report["copied"] = copied
     report["kv_cache"] = sum(cache.nbytes for cache in caches)
     report["rss"] = resident_bytes()
     report["peak_rss"] = peak_resident_bytes()

@@ -53,6 +53,7 @@ class Model:
         # Once, as asking a protocol takes longer than some layers.
         self._fused_head = self._runner if isinstance(self._runner, FusedHead) else None
         self._fused_layers = self._runner if isinstance(self._runner, FusedLayers) else None
+        self._has_read_planes = True  # from the file, since its pages were let go of
 
     @property
     def device(self) -> str:
@@ -165,9 +166,12 @@ class Model:
         return generate_batch(self, prompts, max_tokens=max_tokens, sampling=sampling or Sampling(), stop=stop)
 
     def memory(self) -> dict[str, int]:
-        """Return bytes: the file's parts as mapped, live KV caches, what the process holds, `device.<kind>`."""
+        """Return bytes: the file's parts as mapped, copies, live KV caches, what the process holds, `device.<kind>`."""
         device = {f"device.{kind}": size for kind, size in self.device_memory().items()}
-        return memory_report(self.file, self._caches) | device
+        return memory_report(self.file, self._caches, self._copied_bytes()) | device
+
+    def _copied_bytes(self) -> int:
+        return 0 if self._fused_layers is None else self._fused_layers.copied_bytes()
 
     def device_memory(self) -> dict[str, int]:
         """Return the bytes on a device of its own, see `Backend.device_memory`; empty on the CPU."""
@@ -210,6 +214,12 @@ class Model:
         # Overflow to infinity is part of the arithmetic (exp in SiLU); what it must not do is print.
         with np.errstate(all="ignore"):
             head = self.backend.take_step(step, logits, ids, places + self.config.position_offset, texts)
+        if ids.size > 1:
+            self._has_read_planes = True
+        elif self._has_read_planes:
+            self._has_read_planes = False
+            if self._copied_bytes():  # then decoding reads no plane of the file
+                self.file.let_go()
         if isinstance(texts, CacheBatch):
             for cache, token in zip(texts.caches, ids.tolist(), strict=True):
                 cache.commit([token])

@@ -215,6 +215,7 @@ def _measure(
         "memory": {
             "weights": weights,
             "weights_total": sum(weights.values()),
+            "copied": model.memory()["copied"],
             "kv_cache": kv_bytes,
             "rss": held["rss"],
             "peak_rss": held["peak_rss"],
@@ -287,6 +288,8 @@ def _cost_rows(report: dict[str, Any]) -> Iterator[Row]:
     for kind, size in memory["weights"].items():
         if size:
             yield f"  {KINDS[kind]}", _bytes(size), ""
+    if memory["copied"]:
+        yield "planes put in order", f"{_bytes(memory['copied'])}, when decoding begins", ""
     yield "KV cache", _bytes(memory["kv_cache"]), ""
     if memory["device"]:
         yield from _device_rows(report["device"], memory["device"])

@@ -60,6 +60,7 @@ class Decoder:
         logits: NDArray[np.float32] | None,
         /,
     ) -> None: ...
+    def copied_bytes(self) -> int: ...
 
 def int8_linear(
     weight: NDArray[np.int8],

@@ -55,6 +55,10 @@ class NativeLayers:
         """Replace x float32 [tokens, hidden_size] by the last layer's output; write the caches, without committing."""
         self._run(x, texts, rotary, None)
 
+    def copied_bytes(self) -> int:
+        """Return the bytes of planes that the instruction set has put into another order; none before it decodes."""
+        return self._decoder.copied_bytes()
+
     def _run(self, x: Array, texts: Texts, rotary: tuple[Array, Array] | None, logits: Array | None) -> None:
         tokens, caches = x.shape[0], texts.caches
         cos, sin = (None, None) if rotary is None else (part.reshape(tokens, -1) for part in rotary)

@@ -35,6 +35,10 @@ class DeviceLayers:
     def __init__(self, device: Device, config: ModelConfig, layers: Sequence[Layer]) -> None:
         self._device, self._config, self._layers = device, config, layers
 
+    def copied_bytes(self) -> int:
+        """Return 0: what is read lies on the device."""
+        return 0
+
     def run(self, x: Any, texts: Texts, rotary: tuple[Any, Any] | None) -> None:
         """Replace x [tokens, hidden_size] by the last layer's output; write the caches, without committing.
 

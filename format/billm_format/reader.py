@@ -116,6 +116,11 @@ class BillmFile:
         with contextlib.suppress(BufferError):  # views are alive: the last one to go unmaps the file
             self._mapped.close()
 
+    def let_go(self) -> None:
+        """Take the pages that were read out of the process's memory: the next read maps them again, from the cache."""
+        if hasattr(self._mapped, "madvise"):  # not on Windows
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
     def array(self, name: str) -> NDArray[Any]:
         """Return the tensor as a read-only view of the map, in its own dtype and shape.
 

@@ -133,6 +133,16 @@ def test_arrays_are_aligned_read_only_views_that_outlive_the_file(golden: Path) 
         view[0, 0] = 1
 
 
+def test_pages_that_were_let_go_of_come_back(golden: Path) -> None:
+    with BillmFile.open(golden) as file:
+        before = {name: file.array(name).copy() for name in file.tensors}
+        views = {name: file.array(name) for name in file.tensors}
+        file.let_go()
+        for name, view in views.items():
+            np.testing.assert_array_equal(view, before[name])
+            np.testing.assert_array_equal(file.array(name), before[name])
+
+
 def test_unknown_names_are_key_errors(golden: Path) -> None:
     with BillmFile.open(golden) as file:
         for ask in (file.array, file.linear):

@@ -217,6 +217,36 @@ def test_memory_report_adds_up(llama: Path) -> None:
         assert model.memory()["kv_cache"] == 0
 
 
+@pytest.mark.skipif("avx2" not in cpu.supported_isas(), reason="needs a processor with AVX2")
+def test_planes_are_copied_where_decoding_wants_them_in_another_order(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go: list[int] = []
+    monkeypatch.setattr(BillmFile, "let_go", lambda file: let_go.append(1))
+    before = cpu.isa()
+    try:
+        cpu.select_isa("avx2")
+        with billm_rt.load(llama) as model:
+            cache = model.new_cache()
+            model.forward(range(10), cache)
+            assert model.memory()["copied"] == 0 and not let_go  # a prompt reads the file
+            for _ in range(3):
+                model.forward([1], cache)
+            planes = sum(2 * info.nbytes for name, info in model.file.tensors.items() if name.endswith(".sign"))
+            assert planes / 2 < model.memory()["copied"] < 4 * planes
+            assert len(let_go) == 1
+            model.forward(range(10), cache)
+            model.forward([1], cache)
+            assert len(let_go) == 2
+        cpu.select_isa("portable")
+        with billm_rt.load(llama) as model:
+            model.forward([1], model.new_cache())
+            assert model.memory()["copied"] == 0
+        assert len(let_go) == 2
+    finally:
+        cpu.select_isa(before)
+
+
 def test_the_model_is_never_in_memory_as_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(vocab_size=3000, hidden_size=512, embedding_size=512, intermediate_size=1024, head_dim=64)
     make_random_billm(tmp_path / "m.billm", config, Quantization(block_size=128))

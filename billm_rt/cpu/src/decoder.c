@@ -103,25 +103,42 @@ static struct own *own_of(const struct work *w, size_t thread) {
     return (void *)(w->own + thread * w->own_size);
 }
 
-/* Arrange all weights, and find the most that the products of one group want prepared; -1 when memory runs out. */
-static int arrange_weights(struct work *w) {
-    size_t most = w->logits ? w->isa->prepared_bytes(&w->decoder->head.table) : 0;
-    for (size_t i = 0; i < w->layers; i++) {
-        const struct billm_layer *layer = &w->decoder->layers[w->first + i];
+/* Tell `each` of every weight of the layers first .. first + count, group by group: `group` counts them. */
+static int each_weight(const struct billm_decoder *d, size_t first, size_t count,
+                       int (*each)(void *context, const struct billm_weight *weight, size_t group), void *context) {
+    for (size_t i = 0; i < count; i++) {
+        const struct billm_layer *layer = &d->layers[first + i];
         const struct billm_group *groups[] = {&layer->qkv, &layer->o, &layer->up, &layer->down};
-        for (size_t g = 0; g < 4; g++) {
-            size_t size = 0;
+        for (size_t g = 0; g < 4; g++)
             for (size_t j = 0; j < groups[g]->count; j++)
-                for (size_t n = 0; n < groups[g]->inputs[j].count; n++) {
-                    const struct billm_weight *weight = groups[g]->inputs[j].products[n].weight;
-                    if (billm_arrange_in_turn(weight))
+                for (size_t n = 0; n < groups[g]->inputs[j].count; n++)
+                    if (each(context, groups[g]->inputs[j].products[n].weight, 4 * i + g))
                         return -1;
-                    size += billm_round_up(w->isa->prepared_bytes(weight), 64);
-                }
-            most = larger_of(most, size);
-        }
     }
-    w->prepared_size = most;
+    return 0;
+}
+
+struct needs {
+    const struct billm_isa *isa;
+    size_t group, of_group, most; /* bytes that the products of one group want prepared */
+};
+
+static int arrange_weight(void *context, const struct billm_weight *weight, size_t group) {
+    struct needs *needs = context;
+    if (billm_arrange_in_turn(weight))
+        return -1;
+    const size_t size = billm_round_up(needs->isa->prepared_bytes(weight), 64);
+    needs->of_group = group == needs->group ? needs->of_group + size : size;
+    needs->group = group;
+    needs->most = larger_of(needs->most, needs->of_group);
+    return 0;
+}
+
+static int arrange_weights(struct work *w) {
+    struct needs needs = {w->isa, (size_t)-1, 0, w->logits ? w->isa->prepared_bytes(&w->decoder->head.table) : 0};
+    if (each_weight(w->decoder, w->first, w->layers, arrange_weight, &needs))
+        return -1;
+    w->prepared_size = needs.most;
     return 0;
 }
 
@@ -477,4 +494,20 @@ int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, struct 
         failed = run_layers(&w);
     billm_pool_unlock();
     return failed;
+}
+
+static int add_copied(void *context, const struct billm_weight *weight, size_t group) {
+    const struct billm_isa *isa = billm_isa_in_turn();
+    (void)group;
+    if (*weight->arranged && isa->arranged_bytes)
+        *(size_t *)context += isa->arranged_bytes(weight);
+    return 0;
+}
+
+size_t billm_copied_bytes(const struct billm_decoder *decoder) {
+    size_t bytes = 0;
+    billm_pool_lock();
+    each_weight(decoder, 0, decoder->layer_count, add_copied, &bytes);
+    billm_pool_unlock();
+    return bytes;
 }

@@ -120,4 +120,7 @@ struct billm_texts {
 int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, struct billm_texts texts, const float *cos,
                  const float *sin, size_t first, size_t count, float *logits);
 
+/* What the weights take that were arranged (billm_arrange_in_turn). Takes the pool's turn. */
+size_t billm_copied_bytes(const struct billm_decoder *decoder);
+
 #endif

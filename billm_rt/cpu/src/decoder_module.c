@@ -408,9 +408,18 @@ static PyObject *decoder_run(PyObject *object, PyObject *const *args, Py_ssize_t
     return result;
 }
 
+static PyObject *decoder_copied_bytes(PyObject *object, PyObject *unused) {
+    const struct billm_decoder *d = &((struct decoder *)object)->decoder;
+    size_t bytes;
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS bytes = billm_copied_bytes(d);
+    Py_END_ALLOW_THREADS return PyLong_FromSize_t(bytes);
+}
+
 static PyMethodDef decoder_methods[] = {
     {"run", (PyCFunction)(void (*)(void))decoder_run, METH_FASTCALL,
      "run(x, starts, cos or None, sin or None, first, caches, logits or None): run layers on x [tokens, hidden] in place"},
+    {"copied_bytes", decoder_copied_bytes, METH_NOARGS, "copied_bytes(): of planes that were put into another order"},
     {NULL, NULL, 0, NULL},
 };
 

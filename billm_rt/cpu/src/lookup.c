@@ -141,47 +141,28 @@ static struct compression compress_by(uint64_t mask) {
     return how;
 }
 
-BILLM_INLINE uint64_t compressed(uint64_t bits, const struct compression *how) {
-    bits &= how->mask;
+/* Four rows at once. */
+BILLM_INLINE __m256i compressed(__m256i bits, const struct compression *how) {
+    bits = _mm256_and_si256(bits, _mm256_set1_epi64x((long long)how->mask));
+#pragma GCC unroll 6
     for (int i = 0; i < 6; i++) {
-        const uint64_t moved = bits & how->moved[i];
-        bits = (bits ^ moved) | moved >> (1 << i);
+        const __m256i moved = _mm256_and_si256(bits, _mm256_set1_epi64x((long long)how->moved[i]));
+        bits = _mm256_or_si256(_mm256_xor_si256(bits, moved), _mm256_srli_epi64(moved, 1 << i));
     }
     return bits;
 }
 
-/* Write `count` bits at bit `at` of zeros. */
-BILLM_INLINE void put_bits(uint64_t *words, size_t at, uint64_t bits, size_t count) {
-    words[at / 64] |= bits << at % 64;
-    if (at % 64 + count > 64)
-        words[at / 64 + 1] |= bits >> (64 - at % 64);
-}
+/* A plane's bits of a tile, classes apart: word by word, rows in the order of `slot_of`. */
+struct tile_bits {
+    _Alignas(32) uint64_t words[(MAX_BYTES + 7) / 8 + 1][TILE];
+};
 
-enum { ROW_WORDS = (MAX_BYTES + 7) / 8 + 1 };
-
-/* Eight bytes of each row, `rows` being words that lie `stride` apart, to as many vectors, of which `count` are wanted. */
-static void transpose_bytes(const uint64_t *rows, size_t stride, uint8_t *to, size_t count) {
-    __m256i a[8], b[8];
-#define PAIR(i)                                                                                                        \
-    _mm256_setr_epi64x((long long)rows[(i) * stride], 0, (long long)rows[((i) + 16) * stride], 0)
-    for (size_t i = 0; i < 8; i++)
-        a[i] = _mm256_unpacklo_epi8(PAIR(i), PAIR(i + 8));
-#undef PAIR
-    for (size_t i = 0; i < 4; i++) {
-        b[i] = _mm256_unpacklo_epi8(a[i], a[i + 4]);
-        b[i + 4] = _mm256_unpackhi_epi8(a[i], a[i + 4]);
-    }
-    for (size_t half = 0; half < 2; half++)
-        for (size_t i = 0; i < 2; i++) {
-            a[4 * half + i] = _mm256_unpacklo_epi8(b[4 * half + i], b[4 * half + i + 2]);
-            a[4 * half + i + 2] = _mm256_unpackhi_epi8(b[4 * half + i], b[4 * half + i + 2]);
-        }
-    for (size_t i = 0; i < 4; i++) {
-        b[2 * i] = _mm256_unpacklo_epi8(a[2 * i], a[2 * i + 1]);
-        b[2 * i + 1] = _mm256_unpackhi_epi8(a[2 * i], a[2 * i + 1]);
-    }
-    for (size_t i = 0; i < count; i++)
-        _mm256_store_si256((__m256i *)to + i, b[i]);
+/* Write the bits of four rows at bit `at`, where there are zeros. */
+BILLM_INLINE void put_bits(struct tile_bits *to, size_t at, size_t slot, __m256i bits) {
+    __m256i *word = (__m256i *)(void *)&to->words[at / 64][slot], *next = word + TILE / 4;
+    const __m128i shift = _mm_cvtsi64_si128((long long)(at % 64)), rest = _mm_cvtsi64_si128((long long)(64 - at % 64));
+    _mm256_store_si256(word, _mm256_or_si256(_mm256_load_si256(word), _mm256_sll_epi64(bits, shift)));
+    _mm256_store_si256(next, _mm256_or_si256(_mm256_load_si256(next), _mm256_srl_epi64(bits, rest)));
 }
 
 /* Where row r of a tile stands in a vector: so that words of even and odd bytes, their low and high quarters unpacked, come
@@ -196,50 +177,92 @@ static size_t magnitude_place(size_t place) {
     return place % 2 * (TILE / 2) + place / 2;
 }
 
-static void arrange_block(const struct billm_weight *w, size_t tile, size_t block, struct columns columns, uint8_t *to) {
+/* Where a place's bits stand before `transpose_bytes`. */
+static size_t slot_of(size_t place) {
+    const size_t half = place / 16, i = place % 16;
+    return 4 * (i % 4 + i / 8 * 4) + 2 * half + i % 8 / 4;
+}
+
+/* Eight bytes of 32 rows, [slot], to as many vectors, of which `count` are wanted. */
+static void transpose_bytes(const uint64_t *rows, uint8_t *to, size_t count) {
+    const __m256i *from = (const void *)rows;
+    __m256i a[8], b[8];
+    for (size_t i = 0; i < 4; i++) {
+        a[i] = _mm256_unpacklo_epi8(_mm256_load_si256(from + i), _mm256_load_si256(from + i + 4));
+        a[i + 4] = _mm256_unpackhi_epi8(_mm256_load_si256(from + i), _mm256_load_si256(from + i + 4));
+    }
+    for (size_t i = 0; i < 4; i++) {
+        b[i] = _mm256_unpacklo_epi8(a[i], a[i + 4]);
+        b[i + 4] = _mm256_unpackhi_epi8(a[i], a[i + 4]);
+    }
+    for (size_t half = 0; half < 8; half += 4)
+        for (size_t i = half; i < half + 2; i++) {
+            a[i] = _mm256_unpacklo_epi8(b[i], b[i + 2]);
+            a[i + 2] = _mm256_unpackhi_epi8(b[i], b[i + 2]);
+        }
+    for (size_t i = 0; i < 4; i++) {
+        b[2 * i] = _mm256_unpacklo_epi8(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm256_unpackhi_epi8(a[2 * i], a[2 * i + 1]);
+    }
+    for (size_t i = 0; i < count; i++)
+        _mm256_store_si256((__m256i *)(void *)to + i, b[i]);
+}
+
+BILLM_INLINE __m256i load_rows(const uint8_t *plane, const size_t row[4], size_t stride, size_t bytes) {
+    uint64_t word[4];
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; i++)
+        word[i] = bytes == 8 ? billm_load64(plane + row[i] * stride) : load_bytes(plane + row[i] * stride, bytes);
+    return _mm256_setr_epi64x((long long)word[0], (long long)word[1], (long long)word[2], (long long)word[3]);
+}
+
+static void arrange_block(const struct billm_weight *w, const size_t row_in[TILE], size_t block, struct columns columns,
+                          uint8_t *to) {
     const size_t first = block * w->block, end = billm_min(first + w->block, w->cols), bytes = bytes_of(columns);
-    struct compression how[BILLM_MAX_BLOCK / 64][2];
-    uint64_t bits[2][TILE][ROW_WORDS];
+    struct tile_bits bits[2];
+    size_t at[2] = {0, groups_of(columns.plain) * GROUP};
     memset(bits, 0, sizeof bits);
     for (size_t col = first; col < end; col += 64) {
-        const struct stretch at = stretch_at(w, col, end);
-        how[(col - first) / 64][0] = compress_by(at.columns & ~at.salient);
-        how[(col - first) / 64][1] = compress_by(at.salient);
+        const struct stretch in = stretch_at(w, col, end);
+        const struct compression by[2] = {compress_by(in.columns & ~in.salient), compress_by(in.salient)};
+        const __m256i plain = _mm256_set1_epi64x((long long)~in.salient);
+        for (size_t slot = 0; slot < TILE; slot += 4) {
+            const __m256i s = load_rows(w->sign + col / 8, row_in + slot, w->stride, in.bytes);
+            const __m256i t = load_rows(w->second + col / 8, row_in + slot, w->stride, in.bytes);
+            const __m256i q = _mm256_xor_si256(t, _mm256_andnot_si256(s, plain));
+#pragma GCC unroll 2
+            for (size_t class = 0; class < 2; class++) {
+                put_bits(&bits[0], at[class], slot, compressed(s, &by[class]));
+                put_bits(&bits[1], at[class], slot, compressed(q, &by[class]));
+            }
+        }
+        at[0] += by[0].count;
+        at[1] += by[1].count;
     }
-    for (size_t r = 0; r < TILE; r++) {
-        const size_t row = billm_min(tile * TILE + r, w->rows - 1), place = place_of(r);
-        const uint8_t *scales = w->scales + 4 * (row * w->blocks + block);
+    for (size_t place = 0; place < TILE; place++) {
+        const uint8_t *scales = w->scales + 4 * (row_in[slot_of(place)] * w->blocks + block);
         const int outer = scales[2], residual = scales[3];
         uint8_t *magnitudes = to + magnitude_place(place);
         magnitudes[0] = scales[0];
         magnitudes[TILE] = scales[1];
         magnitudes[2 * TILE] = (uint8_t)(outer > residual ? outer - residual : 0);
         magnitudes[3 * TILE] = (uint8_t)(outer + residual < 255 ? outer + residual : 255);
-        size_t at[2] = {0, groups_of(columns.plain) * GROUP};
-        for (size_t col = first; col < end; col += 64) {
-            const struct stretch in = stretch_at(w, col, end);
-            const uint64_t s = load_bytes(w->sign + row * w->stride + col / 8, in.bytes);
-            const uint64_t q = load_bytes(w->second + row * w->stride + col / 8, in.bytes) ^ (~s & ~in.salient);
-            for (size_t class = 0; class < 2; class++) {
-                const struct compression *by = &how[(col - first) / 64][class];
-                put_bits(bits[0][place], at[class], compressed(s, by), by->count);
-                put_bits(bits[1][place], at[class], compressed(q, by), by->count);
-                at[class] += by->count;
-            }
-        }
     }
     to += 4 * TILE;
     for (size_t plane = 0; plane < 2; plane++, to += bytes * TILE)
         for (size_t byte = 0; byte < bytes; byte += 8)
-            transpose_bytes(&bits[plane][0][byte / 8], ROW_WORDS, to + byte * TILE, billm_min(8, bytes - byte));
+            transpose_bytes(bits[plane].words[byte / 8], to + byte * TILE, billm_min(8, bytes - byte));
 }
 
 void billm_lookup_arrange(const struct billm_weight *w, size_t tile, void *memory) {
     const struct arranged *arranged = memory;
     uint8_t *to = tiles_of(w, memory) + tile * arranged->tile_bytes;
+    size_t row_in[TILE]; /* of each slot; behind the last row it stands again */
+    for (size_t r = 0; r < TILE; r++)
+        row_in[slot_of(place_of(r))] = billm_min(tile * TILE + r, w->rows - 1);
     for (size_t b = 0; b < w->blocks; b++) {
         const struct columns columns = arranged->columns[b];
-        arrange_block(w, tile, b, columns, to);
+        arrange_block(w, row_in, b, columns, to);
         to += (4 + 2 * bytes_of(columns)) * TILE;
     }
 }
