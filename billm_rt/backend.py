@@ -58,8 +58,10 @@ class FusedLayers(Protocol):
         """
         ...
 
+    few_tokens: int  # up to so many at once read weights from copies in the process's memory instead of the file; or 0
+
     def copied_bytes(self) -> int:
-        """Return the bytes of the process's memory in which weights lie a second time, as decoding reads them."""
+        """Return the bytes of those copies; none before they are wanted."""
         ...
 
 

@@ -53,7 +53,7 @@ class Model:
         # Once, as asking a protocol takes longer than some layers.
         self._fused_head = self._runner if isinstance(self._runner, FusedHead) else None
         self._fused_layers = self._runner if isinstance(self._runner, FusedLayers) else None
-        self._has_read_planes = True  # from the file, since its pages were let go of
+        self._has_read_planes = True  # of the file, since its pages were let go of
 
     @property
     def device(self) -> str:
@@ -214,18 +214,22 @@ class Model:
         # Overflow to infinity is part of the arithmetic (exp in SiLU); what it must not do is print.
         with np.errstate(all="ignore"):
             head = self.backend.take_step(step, logits, ids, places + self.config.position_offset, texts)
-        if ids.size > 1:
-            self._has_read_planes = True
-        elif self._has_read_planes:
-            self._has_read_planes = False
-            if self._copied_bytes():  # then decoding reads no plane of the file
-                self.file.let_go()
+        self._let_go_of_planes(ids.size)
         if isinstance(texts, CacheBatch):
             for cache, token in zip(texts.caches, ids.tolist(), strict=True):
                 cache.commit([token])
         else:
             texts.commit(ids.tolist())
         return head
+
+    def _let_go_of_planes(self, tokens: int) -> None:
+        """Take the file's planes out of the process's memory once copies of them are what `tokens` tokens have read."""
+        layers = self._fused_layers
+        if layers is None or tokens > layers.few_tokens:
+            self._has_read_planes = True
+        elif self._has_read_planes and layers.copied_bytes():
+            self._has_read_planes = False
+            self.file.let_go()
 
     def _input(self, ids: Any, positions: Any, places: NDArray[np.int64]) -> tuple[Array, tuple[Array, Array] | None]:
         """Return what the first layer reads, [tokens, hidden_size], and the rotary table, if positions are rotary."""

@@ -31,6 +31,7 @@ __all__ = [
     "QuantizedActivations",
     "available",
     "binary_linear",
+    "few_tokens",
     "int4_linear",
     "int8_linear",
     "isa",
@@ -79,6 +80,11 @@ def select_isa(name: str) -> None:
         _native.select_isa(name)
     elif name != "numpy":
         raise ValueError(f"instruction set {name!r}: only 'numpy' works here, {_reason}")
+
+
+def few_tokens() -> int:
+    """Return how many tokens at once are decoded from copies of the planes in another order; 0: planes lie as they are."""
+    return 0 if _reason else _native.few_tokens()
 
 
 def _default_threads() -> int:

@@ -55,8 +55,13 @@ class NativeLayers:
         """Replace x float32 [tokens, hidden_size] by the last layer's output; write the caches, without committing."""
         self._run(x, texts, rotary, None)
 
+    @property
+    def few_tokens(self) -> int:
+        """How many tokens at once the instruction set reads from planes in its own order; 0: it has none."""
+        return cpu.few_tokens()
+
     def copied_bytes(self) -> int:
-        """Return the bytes of planes that the instruction set has put into another order; none before it decodes."""
+        """Return the bytes of planes that the instruction set has put into its own order; none before it decodes."""
         return self._decoder.copied_bytes()
 
     def _run(self, x: Array, texts: Texts, rotary: tuple[Array, Array] | None, logits: Array | None) -> None:

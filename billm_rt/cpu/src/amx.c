@@ -259,6 +259,7 @@ const struct billm_isa billm_amx = {
     .token_step = TOKENS,
     .packed_bytes = DIGITS,
     .row_step = 16,
+    .few_tokens = 1,
     .quantize = billm_avx512_quantize,
     .prepared_bytes = billm_avx512_prepared_bytes,
     .prepare = billm_avx512_prepare,

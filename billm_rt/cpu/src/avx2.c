@@ -217,6 +217,7 @@ const struct billm_isa billm_avx2 = {
     .token_step = TOKEN_STEP,
     .packed_bytes = sizeof(int16_t),
     .row_step = BILLM_LOOKUP_ROWS,
+    .few_tokens = BILLM_LOOKUP_TOKENS,
     .quantize = billm_avx2_quantize,
     .arranged_bytes = billm_lookup_bytes,
     .arrange_begin = billm_lookup_begin,

@@ -339,6 +339,7 @@ const struct billm_isa billm_avx512 = {
     .token_step = 4,
     .packed_bytes = sizeof(int16_t),
     .row_step = 16,
+    .few_tokens = 1,
     .quantize = billm_avx512_quantize,
     .prepared_bytes = billm_avx512_prepared_bytes,
     .prepare = billm_avx512_prepare,

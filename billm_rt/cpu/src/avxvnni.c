@@ -18,6 +18,7 @@ const struct billm_isa billm_avxvnni = {
     .token_step = BILLM_AVX2_TOKEN_STEP,
     .packed_bytes = sizeof(int16_t),
     .row_step = BILLM_LOOKUP_ROWS,
+    .few_tokens = BILLM_LOOKUP_TOKENS,
     .quantize = billm_avx2_quantize,
     .arranged_bytes = billm_lookup_bytes,
     .arrange_begin = billm_lookup_begin,

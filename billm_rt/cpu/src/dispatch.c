@@ -20,6 +20,7 @@ enum {
     PANEL_BYTES = 4 << 20,     /* and the same in bytes, where columns are many */
     WEIGHTS_PER_TASK = 1 << 15, /* about a microsecond of work: handing out less costs more than it gains */
     TOKENS_PER_TASK = 16,       /* packed by one task */
+    FEW_TOKENS_WEIGHTS = 1 << 18, /* what one of few tokens has read is read by the others while it is still near */
     MAX_ROWS = 256,             /* rows whose sums wait together for their epilogue */
     TASKS_PER_THREAD = 4        /* most of them in decoding: each costs a turn of a cache line between the threads */
 };
@@ -138,6 +139,13 @@ int billm_select(const char *name) {
     return -1;
 }
 
+size_t billm_few_tokens(void) {
+    billm_pool_lock();
+    const struct billm_isa *isa = billm_isa_in_turn();
+    billm_pool_unlock();
+    return isa->arrange ? isa->few_tokens : 0;
+}
+
 const char *billm_selected(void) {
     billm_pool_lock();
     const char *name = billm_isa_in_turn()->name;
@@ -180,7 +188,7 @@ struct job {
     size_t count, cols, block, blocks;
     const struct billm_tokens *x;
     size_t rows_per_task, *first_task; /* of each product, and the number of all tasks */
-    /* decoding: the one token, prepared for each product */
+    /* decoding: each token prepared for each product, [tokens, count] */
     void **prepared;
     /* prompts: the packed panel of tokens first_token .. first_token + tokens, padded to padded_tokens */
     uint8_t *panel;
@@ -256,11 +264,23 @@ void billm_decode_rows(const struct billm_isa *isa, const struct billm_product *
     }
 }
 
+static void prepare_task(void *context, size_t index) {
+    const struct job *job = context;
+    job->isa->prepare(job->products[index % job->count].weight, job->x->values + index / job->count * job->cols,
+                      job->prepared[index]);
+}
+
 static void gemv_task(void *context, size_t index) {
     const struct job *job = context;
     struct share share = share_of(job, index);
-    billm_decode_rows(job->isa, share.product, job->prepared[share.index], job->x->bits, job->x->scales, share.row,
-                      share.end);
+    const size_t rows = billm_round_up(1 + (FEW_TOKENS_WEIGHTS - 1) / job->cols, job->isa->row_step);
+    for (size_t row = share.row; row < share.end; row += rows)
+        for (size_t token = 0; token < job->x->count; token++) {
+            struct billm_product product = *share.product;
+            product.out += token * product.out_stride;
+            billm_decode_rows(job->isa, &product, job->prepared[token * job->count + share.index], job->x->bits,
+                              job->x->scales + token * job->blocks, row, billm_min(row + rows, share.end));
+        }
 }
 
 static void pack_task(void *context, size_t index) {
@@ -365,7 +385,8 @@ size_t billm_rows_per_task(const size_t *rows, size_t count, size_t cols) {
 
 /* Scratch for the tables of a job, and `size` bytes more, aligned to 64; NULL if memory runs out. */
 static uint8_t *job_scratch(struct job *job, size_t size) {
-    size_t tables = billm_round_up((job->count + 1) * sizeof *job->first_task + job->count * sizeof *job->prepared, 64);
+    const size_t prepared = job->count * job->x->count * sizeof *job->prepared;
+    size_t tables = billm_round_up((job->count + 1) * sizeof *job->first_task + prepared, 64);
     uint8_t *memory = scratch_of(tables + size);
     if (!memory)
         return NULL;
@@ -382,15 +403,19 @@ static int run_gemv(struct job *job) {
         size += billm_round_up(job->isa->prepared_bytes(job->products[i].weight), 64);
         rows[i] = job->products[i].weight->rows;
     }
-    uint8_t *prepared = job_scratch(job, size);
+    uint8_t *prepared = job_scratch(job, job->x->count * size);
     if (!prepared)
         return -1;
-    for (size_t i = 0; i < job->count; i++) {
-        const struct billm_weight *w = job->products[i].weight;
-        job->isa->prepare(w, job->x->values, prepared);
+    const size_t count = job->x->count * job->count;
+    for (size_t i = 0; i < count; i++) {
         job->prepared[i] = prepared;
-        prepared += billm_round_up(job->isa->prepared_bytes(w), 64);
+        prepared += billm_round_up(job->isa->prepared_bytes(job->products[i % job->count].weight), 64);
     }
+    if (job->x->count == 1) /* less work than handing it out */
+        for (size_t i = 0; i < count; i++)
+            prepare_task(job, i);
+    else
+        billm_pool_run(prepare_task, job, count);
     billm_pool_run(gemv_task, job, cut_tasks(job, billm_rows_per_task(rows, job->count, job->cols)));
     return 0;
 }
@@ -427,7 +452,7 @@ int billm_products_in_turn(const struct billm_product *products, size_t count, c
     job.cols = w->cols;
     job.block = w->block;
     job.blocks = w->blocks;
-    return x->count == 1 ? run_gemv(&job) : run_gemm(&job);
+    return x->count <= job.isa->few_tokens ? run_gemv(&job) : run_gemm(&job);
 }
 
 int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x) {

@@ -78,6 +78,7 @@ struct billm_isa {
     size_t token_step;   /* `multiply` takes tokens by so many, a power of 2 */
     size_t packed_bytes; /* bytes of a packed activation */
     size_t row_step;     /* decoding takes rows by so many */
+    size_t few_tokens;   /* up to so many are decoded one by one: making tiles for them would take longer */
 
     /* One token: x [cols] (times col_scale [cols] if not NULL) to values [cols], scales [blocks]. */
     void (*quantize)(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
@@ -126,7 +127,7 @@ extern const struct billm_isa billm_avx2, billm_avxvnni, billm_avx512, billm_amx
 /* What AVX-512 takes over from AVX2, done once per many tokens, and what AVX-VNNI does. */
 enum { BILLM_AVX2_TILE_ROWS = 16, BILLM_AVX2_TOKEN_STEP = 4 };
 /* lookup.c: decoding with AVX2, `*weight->arranged` being there */
-enum { BILLM_LOOKUP_ROWS = 32 };
+enum { BILLM_LOOKUP_ROWS = 32, BILLM_LOOKUP_TOKENS = 8 };
 size_t billm_lookup_bytes(const struct billm_weight *weight);
 void billm_lookup_begin(const struct billm_weight *weight, void *arranged);
 void billm_lookup_arrange(const struct billm_weight *weight, size_t tile, void *arranged);
@@ -184,6 +185,7 @@ int billm_has_narrow_levels(const struct billm_weight *weight);
 size_t billm_supported(const char *names[BILLM_ISAS]);
 int billm_select(const char *name);
 const char *billm_selected(void);
+size_t billm_few_tokens(void); /* the most tokens at once that are read from arranged weights; 0 where none are */
 const struct billm_isa *billm_isa_in_turn(void);
 void billm_quantize(const float *x, const float *col_scale, size_t tokens, size_t cols, size_t block, int bits,
                     int16_t *values, float *scales);

@@ -346,6 +346,11 @@ static PyObject *isa(PyObject *module, PyObject *unused) {
     return PyUnicode_FromString(billm_selected());
 }
 
+static PyObject *few_tokens(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    return PyLong_FromSize_t(billm_few_tokens());
+}
+
 static PyObject *supported_isas(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     const char *names[BILLM_ISAS];
@@ -391,6 +396,7 @@ static PyMethodDef methods[] = {
     {"int4_linear", int4_linear, METH_VARARGS, "int4_linear(weight, step, scale, cols, values, x_scales, bits, out)"},
     {"quantize", quantize, METH_VARARGS, "quantize(x, col_scale or None, block, bits, values, scales)"},
     {"isa", isa, METH_NOARGS, "Return the name of the instruction set in use."},
+    {"few_tokens", few_tokens, METH_NOARGS, "Return how many tokens at once are read from arranged weights, at most."},
     {"supported_isas", supported_isas, METH_NOARGS, "Return the names of those this machine can run, best first."},
     {"select_isa", select_isa, METH_VARARGS, "Use the instruction set of this name."},
     {"set_threads", set_threads, METH_VARARGS, "Use this many threads, the caller's included."},

@@ -476,6 +476,7 @@ const struct billm_isa billm_neon = {
     .token_step = TOKEN_STEP,
     .packed_bytes = sizeof(int16_t),
     .row_step = 16,
+    .few_tokens = 1,
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,

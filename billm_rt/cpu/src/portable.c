@@ -154,6 +154,7 @@ const struct billm_isa billm_portable = {
     .token_step = 1,
     .packed_bytes = sizeof(int16_t),
     .row_step = 16,
+    .few_tokens = 1,
     .quantize = quantize,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
