@@ -58,7 +58,10 @@ class FusedLayers(Protocol):
         """
         ...
 
-    few_tokens: int  # up to so many at once read weights from copies in the process's memory instead of the file; or 0
+    @property
+    def few_tokens(self) -> int:
+        """How many tokens at once, at most, read weights from copies in memory instead of the file; 0: none do."""
+        ...
 
     def copied_bytes(self) -> int:
         """Return the bytes of those copies; none before they are wanted."""

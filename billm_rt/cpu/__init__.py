@@ -83,7 +83,7 @@ def select_isa(name: str) -> None:
 
 
 def few_tokens() -> int:
-    """Return how many tokens at once are decoded from copies of the planes in another order; 0: planes lie as they are."""
+    """Return how many tokens at once are decoded from copies of the planes in another order, 0: no copies."""
     return 0 if _reason else _native.few_tokens()
 
 
