@@ -14,6 +14,7 @@ import numpy as np
 from billm_format.config import ModelConfig
 from billm_format.layout import GROUP
 from billm_format.packing import PackedLinear
+from billm_format.reader import BillmFile
 from billm_rt import cpu
 from billm_rt.backend import Array, FusedLayers, Layer, LayerOps, Norm
 from billm_rt.cpu.decoder import NativeLayers, NativeModel
@@ -21,6 +22,9 @@ from billm_rt.reference import ReferenceBackend, some_rows
 
 # Columns that share an activation scale in front of the head, whose rows have one scale each.
 _HEAD_BLOCK = 128
+
+# Bytes of planes and scales in another order beside those in the file: at most, and some room for the rest.
+_COPIED_SHARE = 1.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,17 @@ class CpuBackend(ReferenceBackend):
         reason += f", {activation_bits}-bit activations"
         super().__init__(cpu.isa(), reason, f"int{kv_bits}")
         self.activations = f"int{activation_bits}"
+
+    def require(self, file: BillmFile, ctx: int) -> None:
+        """Let planes be copied into the order that decodes faster if there is memory for it; else say so."""
+        import psutil
+
+        parts = (".sign", ".second", ".scales")
+        copies = _COPIED_SHARE * sum(info.nbytes for name, info in file.tensors.items() if name.endswith(parts))
+        room = copies < psutil.virtual_memory().available
+        cpu.allow_copies(room)
+        if not room:
+            self.reason += f"; {copies / 1e6:,.0f} MB free would let it decode faster"
 
     def load_linears(self, linears: Sequence[PackedLinear]) -> Any:
         """Sort the Linears by the quantized activation they can share."""

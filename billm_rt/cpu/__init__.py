@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "QuantizedActivations",
+    "allow_copies",
     "available",
     "binary_linear",
     "few_tokens",
@@ -80,6 +81,12 @@ def select_isa(name: str) -> None:
         _native.select_isa(name)
     elif name != "numpy":
         raise ValueError(f"instruction set {name!r}: only 'numpy' works here, {_reason}")
+
+
+def allow_copies(allowed: bool) -> None:
+    """Let planes be copied where an instruction set decodes from another order; else it reads them as for prompts."""
+    if _reason is None:
+        _native.allow_copies(allowed)
 
 
 def few_tokens() -> int:

@@ -3,9 +3,11 @@
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from random_model import FAMILIES, make_random_billm, tiny_config
 
@@ -245,6 +247,26 @@ def test_planes_are_copied_where_decoding_wants_them_in_another_order(
         assert len(let_go) == 2
     finally:
         cpu.select_isa(before)
+
+
+@pytest.mark.skipif("avx2" not in cpu.supported_isas(), reason="needs a processor with AVX2")
+def test_without_memory_for_copies_decoding_reads_the_file(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, rows = cpu.isa(), []
+    try:
+        cpu.select_isa("avx2")
+        for available in (1 << 40, 1000, 1 << 40):
+            memory = SimpleNamespace(available=available)
+            monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+            with billm_rt.load(llama) as model:
+                cache = model.new_cache()
+                rows.append([model.forward(token, cache) for token in ([1, 2, 3], [4], [5], [6, 7])])
+                assert (model.memory()["copied"] > 0) == (available > 1000)
+                assert ("would let it decode faster" in model.backend.reason) == (available == 1000)
+    finally:
+        cpu.select_isa(before)
+        cpu.allow_copies(True)
+    for first, other in zip(rows[0] + rows[0], rows[1] + rows[2], strict=True):
+        np.testing.assert_array_equal(first, other)
 
 
 def test_the_model_is_never_in_memory_as_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

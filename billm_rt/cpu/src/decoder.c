@@ -32,6 +32,7 @@ struct work {
     struct billm_attention attention;
     size_t tasks_per_head;
     /* a single token: */
+    int in_one_run;
     const struct billm_isa *isa;
     size_t first, layers;
     char *own;                      /* a struct own and its memory for each thread */
@@ -61,11 +62,6 @@ static void *cut(char *base, size_t *used, size_t count, size_t size) {
     return part;
 }
 
-/* A norm behind a step replaces what the step adds to, which threads cannot do each for itself. */
-static int in_one_run(const struct work *w) {
-    return w->tokens == 1 && !w->decoder->post_norm;
-}
-
 static size_t lay_out(struct work *w, char *base) {
     const struct billm_decoder *d = w->decoder;
     const size_t tokens = w->tokens, query = d->heads * d->width, kv = d->kv_heads * d->width;
@@ -80,7 +76,7 @@ static size_t lay_out(struct work *w, char *base) {
     w->up = cut(base, &used, d->gated ? tokens * d->intermediate : 0, sizeof(float));
     w->values = cut(base, &used, tokens * widest, sizeof(int16_t));
     w->scales = cut(base, &used, tokens * (widest / BILLM_UNIT + 1), sizeof(float));
-    w->own = cut(base, &used, in_one_run(w) ? (size_t)billm_pool_threads() : 0, w->own_size);
+    w->own = cut(base, &used, w->in_one_run ? (size_t)billm_pool_threads() : 0, w->own_size);
     return used;
 }
 
@@ -144,11 +140,10 @@ static int arrange_weights(struct work *w) {
 
 static int make_room(struct work *w) {
     struct billm_decoder *d = w->decoder;
-    if (in_one_run(w)) {
-        if (arrange_weights(w))
-            return -1;
+    /* A norm behind a step replaces what the step adds to, which threads cannot do each for itself. */
+    w->in_one_run = w->tokens == 1 && !d->post_norm && !arrange_weights(w);
+    if (w->in_one_run)
         w->own_size = lay_out_own(w, NULL);
-    }
     size_t needed = lay_out(w, NULL);
     if (needed > d->scratch_size) {
         free(d->scratch);
@@ -158,7 +153,7 @@ static int make_room(struct work *w) {
             return -1;
     }
     lay_out(w, d->scratch);
-    for (size_t i = 0; in_one_run(w) && i < (size_t)billm_pool_threads(); i++)
+    for (size_t i = 0; w->in_one_run && i < (size_t)billm_pool_threads(); i++)
         lay_out_own(w, w->own + i * w->own_size);
     return 0;
 }
@@ -488,7 +483,7 @@ int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, struct 
     w.isa = billm_isa_in_turn();
     w.ops = w.isa->floats;
     int failed = make_room(&w);
-    if (!failed && in_one_run(&w))
+    if (!failed && w.in_one_run)
         run_token(&w);
     else if (!failed)
         failed = run_layers(&w);

@@ -330,10 +330,20 @@ static void arrange_task(void *context, size_t index) {
         job->isa->arrange(job->weight, step, job->memory);
 }
 
+static int copies_allowed = 1; /* guarded by the pool's turn */
+
+void billm_allow_copies(int allowed) {
+    billm_pool_lock();
+    copies_allowed = allowed;
+    billm_pool_unlock();
+}
+
 int billm_arrange_in_turn(const struct billm_weight *w) {
     struct arranging job = {.isa = billm_isa_in_turn(), .weight = w};
     if (!w->sign || !job.isa->arrange || *w->arranged)
         return 0;
+    if (!copies_allowed)
+        return -1;
     job.memory = aligned_alloc(64, billm_round_up(job.isa->arranged_bytes(w), 64));
     if (!job.memory)
         return -1;
@@ -398,8 +408,6 @@ static uint8_t *job_scratch(struct job *job, size_t size) {
 static int run_gemv(struct job *job) {
     size_t size = 0, rows[3];
     for (size_t i = 0; i < job->count; i++) {
-        if (billm_arrange_in_turn(job->products[i].weight))
-            return -1;
         size += billm_round_up(job->isa->prepared_bytes(job->products[i].weight), 64);
         rows[i] = job->products[i].weight->rows;
     }
@@ -452,7 +460,10 @@ int billm_products_in_turn(const struct billm_product *products, size_t count, c
     job.cols = w->cols;
     job.block = w->block;
     job.blocks = w->blocks;
-    return x->count <= job.isa->few_tokens ? run_gemv(&job) : run_gemm(&job);
+    int few = x->count <= job.isa->few_tokens;
+    for (size_t i = 0; few && i < count; i++)
+        few = !billm_arrange_in_turn(products[i].weight); /* else as many tokens, from the planes as they are */
+    return few ? run_gemv(&job) : run_gemm(&job);
 }
 
 int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x) {

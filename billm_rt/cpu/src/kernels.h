@@ -194,8 +194,9 @@ void billm_quantize_in_turn(const float *x, const float *col_scale, size_t token
 int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x);
 int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x);
 /* See to it that the weight lies as decoding reads it, for which it takes memory that `arranged` then points to and its
- * owner frees; -1 when memory runs out. */
+ * owner frees. -1 where there is none, or none allowed: then products are made as for prompts. */
 int billm_arrange_in_turn(const struct billm_weight *weight);
+void billm_allow_copies(int allowed); /* from now on; at first they are */
 
 /* Decoding by parts: rows row .. end of a product, from the token that the instruction set prepared for its weight; and
  * how many rows make a task, so that threads which are equally quick are done at the same time, or nearly (nine tasks

@@ -346,6 +346,15 @@ static PyObject *isa(PyObject *module, PyObject *unused) {
     return PyUnicode_FromString(billm_selected());
 }
 
+static PyObject *allow_copies(PyObject *module, PyObject *args) {
+    (void)module;
+    int allowed;
+    if (!PyArg_ParseTuple(args, "p:allow_copies", &allowed))
+        return NULL;
+    billm_allow_copies(allowed);
+    Py_RETURN_NONE;
+}
+
 static PyObject *few_tokens(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     return PyLong_FromSize_t(billm_few_tokens());
@@ -396,6 +405,7 @@ static PyMethodDef methods[] = {
     {"int4_linear", int4_linear, METH_VARARGS, "int4_linear(weight, step, scale, cols, values, x_scales, bits, out)"},
     {"quantize", quantize, METH_VARARGS, "quantize(x, col_scale or None, block, bits, values, scales)"},
     {"isa", isa, METH_NOARGS, "Return the name of the instruction set in use."},
+    {"allow_copies", allow_copies, METH_VARARGS, "Whether planes may be put into another order, which takes memory."},
     {"few_tokens", few_tokens, METH_NOARGS, "Return how many tokens at once are read from arranged weights, at most."},
     {"supported_isas", supported_isas, METH_NOARGS, "Return the names of those this machine can run, best first."},
     {"select_isa", select_isa, METH_VARARGS, "Use the instruction set of this name."},
