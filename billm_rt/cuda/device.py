@@ -16,6 +16,9 @@ from billm_format.errors import DoesNotFitError
 from billm_rt.cuda.launch import Kernel, Size
 from billm_rt.cuda.source import source
 
+# How CuPy's other errors say it: the runtime's and the driver's for code, cuBLAS's for its workspace.
+_OUT_OF_MEMORY = {("CUDARuntimeError", 2), ("CUDADriverError", 2), ("CUBLASError", 3)}
+
 _OPTIONS = ("--std=c++17",)
 # Two page-locked buffers of this size carry what is uploaded: the copy from the file into one overlaps the other's.
 _STAGING_BYTES = 32 << 20
@@ -341,7 +344,7 @@ class CupyDevice:
             module = self._cupy.RawModule(
                 code=source(kernel.file), options=_OPTIONS, name_expressions=(kernel.expression,)
             )
-            function = self._kernels[kernel] = module.get_function(kernel.expression)
+            function = self._kernels[kernel] = self._allocated(lambda: module.get_function(kernel.expression))
         if size.shared > _PLAIN_SHARED and function.max_dynamic_shared_size_bytes < size.shared:
             function.max_dynamic_shared_size_bytes = size.shared
         values = tuple(np.uintp(0) if value is None else value for value in arguments)
@@ -355,18 +358,21 @@ class CupyDevice:
         half, single = self._cupy.cuda.runtime.CUDA_R_16F, self._cupy.cuda.runtime.CUDA_R_32F
         (tokens, width), rows = x.shape, weight.shape[0]
         one, zero = np.ones((), np.float32), np.zeros((), np.float32)
-        handle = self._device.cublas_handle
+        handle = self._allocated(lambda: self._device.cublas_handle)
         # cuBLAS counts columns first, so that out is its transpose there: [rows, tokens] = weight x^T.
-        cublas.gemmEx(
+        self._allocated(lambda: cublas.gemmEx(
             handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, rows, tokens, width,
             one.ctypes.data, weight.data.ptr, half, width, x.data.ptr, half, width,
             zero.ctypes.data, out.data.ptr, single, rows, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _allocated(self, allocate: Callable[[], T]) -> T:
         try:
             return allocate()
-        except self._cupy.cuda.memory.OutOfMemoryError as error:
+        except Exception as error:
+            full = isinstance(error, self._cupy.cuda.memory.OutOfMemoryError)
+            if not full and (type(error).__name__, getattr(error, "status", None)) not in _OUT_OF_MEMORY:
+                raise
             free, total = self._device.mem_info
             raise DoesNotFitError(
                 f"{self.name}: {error}; {free / 1e6:,.0f} MB of {total / 1e6:,.0f} MB are free: "

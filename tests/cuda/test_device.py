@@ -239,6 +239,25 @@ def test_no_memory_is_said_with_what_is_there(cupy: Any) -> None:
         device.empty((9,), np.uint8)
 
 
+@pytest.mark.parametrize(("status", "kind"), [(3, DoesNotFitError), (13, RuntimeError)])
+def test_no_memory_inside_the_library_is_told_from_its_other_errors(
+    status: int, kind: type[Exception], cupy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CUBLASError(RuntimeError):
+        def __init__(self, status: int) -> None:
+            super().__init__(f"status {status}")
+            self.status = status
+
+    def fail(*arguments: Any) -> None:
+        raise CUBLASError(status)
+
+    device = CupyDevice()
+    monkeypatch.setattr(sys.modules["cupy_backends.cuda.libs.cublas"], "gemmEx", fail)
+    x = device.zeros((1, 8), np.float16)
+    with pytest.raises(kind, match=f"status {status}"):
+        device.multiply_halves(x, x, device.empty((1, 1), np.float32))
+
+
 def test_free_is_what_the_driver_and_the_pool_have(cupy: Any) -> None:
     assert CupyDevice().free_bytes() == 7_000_000
 
