@@ -15,10 +15,10 @@ TESTS = Path(__file__).parent
 SOURCES = TESTS.parents[1] / "billm_rt" / "cpu" / "src"
 FLAGS = ("-std=gnu11", "-ffp-contract=off", "-pthread", "-Wno-psabi", f"-I{SOURCES}")
 X86 = (
-    *("dispatch", "pool", "portable", "avx2", "lookup", "avx512", "avx512_narrow", "avx512_table"),
+    *("dispatch", "arrange", "pool", "portable", "avx2", "lookup", "avx512", "avx512_narrow", "avx512_table"),
     *("float_portable", "float_avx2", "float_avx512"),
 )
-ARM = ("dispatch", "pool", "portable", "neon", "float_portable", "float_neon")
+ARM = ("dispatch", "arrange", "pool", "portable", "neon", "float_portable", "float_neon")
 on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs an x86-64 machine")
 
 

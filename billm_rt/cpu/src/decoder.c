@@ -99,21 +99,6 @@ static struct own *own_of(const struct work *w, size_t thread) {
     return (void *)(w->own + thread * w->own_size);
 }
 
-/* Tell `each` of every weight of the layers first .. first + count, group by group: `group` counts them. */
-static int each_weight(const struct billm_decoder *d, size_t first, size_t count,
-                       int (*each)(void *context, const struct billm_weight *weight, size_t group), void *context) {
-    for (size_t i = 0; i < count; i++) {
-        const struct billm_layer *layer = &d->layers[first + i];
-        const struct billm_group *groups[] = {&layer->qkv, &layer->o, &layer->up, &layer->down};
-        for (size_t g = 0; g < 4; g++)
-            for (size_t j = 0; j < groups[g]->count; j++)
-                for (size_t n = 0; n < groups[g]->inputs[j].count; n++)
-                    if (each(context, groups[g]->inputs[j].products[n].weight, 4 * i + g))
-                        return -1;
-    }
-    return 0;
-}
-
 struct needs {
     const struct billm_isa *isa;
     size_t group, of_group, most; /* bytes that the products of one group want prepared */
@@ -132,7 +117,7 @@ static int arrange_weight(void *context, const struct billm_weight *weight, size
 
 static int arrange_weights(struct work *w) {
     struct needs needs = {w->isa, (size_t)-1, 0, w->logits ? w->isa->prepared_bytes(&w->decoder->head.table) : 0};
-    if (each_weight(w->decoder, w->first, w->layers, arrange_weight, &needs))
+    if (billm_each_weight(w->decoder, w->first, w->layers, arrange_weight, &needs))
         return -1;
     w->prepared_size = needs.most;
     return 0;
@@ -489,20 +474,4 @@ int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, struct 
         failed = run_layers(&w);
     billm_pool_unlock();
     return failed;
-}
-
-static int add_copied(void *context, const struct billm_weight *weight, size_t group) {
-    const struct billm_isa *isa = billm_isa_in_turn();
-    (void)group;
-    if (*weight->arranged && isa->arranged_bytes)
-        *(size_t *)context += isa->arranged_bytes(weight);
-    return 0;
-}
-
-size_t billm_copied_bytes(const struct billm_decoder *decoder) {
-    size_t bytes = 0;
-    billm_pool_lock();
-    each_weight(decoder, 0, decoder->layer_count, add_copied, &bytes);
-    billm_pool_unlock();
-    return bytes;
 }

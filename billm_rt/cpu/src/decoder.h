@@ -120,6 +120,11 @@ struct billm_texts {
 int billm_decode(struct billm_decoder *decoder, float *x, size_t tokens, struct billm_texts texts, const float *cos,
                  const float *sin, size_t first, size_t count, float *logits);
 
+/* Tell `each` of every weight of the layers first .. first + count, group by group (`group` counts them), until it returns
+ * something else than 0; returns -1 then. */
+int billm_each_weight(const struct billm_decoder *decoder, size_t first, size_t count,
+                      int (*each)(void *context, const struct billm_weight *weight, size_t group), void *context);
+
 /* What the weights take that were arranged (billm_arrange_in_turn). Takes the pool's turn. */
 size_t billm_copied_bytes(const struct billm_decoder *decoder);
 

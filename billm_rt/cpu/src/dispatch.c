@@ -313,48 +313,6 @@ static void gemm_task(void *context, size_t index) {
            share.product->out + job->first_token * share.product->out_stride);
 }
 
-/* ---- the order in which decoding reads planes ---- */
-
-struct arranging {
-    const struct billm_isa *isa;
-    const struct billm_weight *weight;
-    void *memory;
-    size_t steps_per_task;
-};
-
-static void arrange_task(void *context, size_t index) {
-    const struct arranging *job = context;
-    const size_t steps = (job->weight->rows + job->isa->row_step - 1) / job->isa->row_step;
-    size_t step = index * job->steps_per_task, end = billm_min(step + job->steps_per_task, steps);
-    for (; step < end; step++)
-        job->isa->arrange(job->weight, step, job->memory);
-}
-
-static int copies_allowed = 1; /* guarded by the pool's turn */
-
-void billm_allow_copies(int allowed) {
-    billm_pool_lock();
-    copies_allowed = allowed;
-    billm_pool_unlock();
-}
-
-int billm_arrange_in_turn(const struct billm_weight *w) {
-    struct arranging job = {.isa = billm_isa_in_turn(), .weight = w};
-    if (!w->sign || !job.isa->arrange || *w->arranged)
-        return 0;
-    if (!copies_allowed)
-        return -1;
-    job.memory = aligned_alloc(64, billm_round_up(job.isa->arranged_bytes(w), 64));
-    if (!job.memory)
-        return -1;
-    job.isa->arrange_begin(w, job.memory);
-    const size_t rows_per_task = billm_rows_per_task(&w->rows, 1, w->cols);
-    job.steps_per_task = rows_per_task / job.isa->row_step;
-    billm_pool_run(arrange_task, &job, (w->rows + rows_per_task - 1) / rows_per_task);
-    *w->arranged = job.memory;
-    return 0;
-}
-
 /* ---- products ---- */
 
 /* Number the tasks; returns how many there are. */

@@ -175,7 +175,7 @@ void billm_avx512_int4_gemv(const struct billm_weight *weight, const void *prepa
 extern const struct billm_isa billm_neon;
 #endif
 
-/* dispatch.c. `supported` fills names, best first, and returns how many; `select` returns -1 for one not supported.
+/* dispatch.c; what arranges, arrange.c. `supported` fills names, best first, and returns how many; `select` returns -1 for one not supported.
  * `products` multiplies tokens by one to three weights of the same cols and block, in one run of the pool. It returns -1
  * when memory runs out. All may be called from several threads; they take turns, except those whose caller holds the
  * pool's turn already. */
