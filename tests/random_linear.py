@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from billm_format.layout import ALPHA_O, ALPHA_R, num_blocks, row_bytes
+from billm_format.layout import num_blocks, row_bytes
 from billm_format.packing import PackedLinear
 
 
@@ -20,18 +20,11 @@ class RandomLinear:
         *,
         bias: bool = False,
         col_scale: bool = False,
-        narrow: bool = False,
     ) -> PackedLinear:
-        """Return a Linear of random bytes, those behind the last column included.
-
-        `narrow`: no level lies beyond -127 to 127, some at either end.
-        """
+        """Return a Linear of random bytes, those behind the last column included."""
         rng = self._rng
         stride, blocks = row_bytes(cols), num_blocks(cols, block)
         scales = rng.integers(0, 256, (rows, blocks, 4), dtype=np.uint8)
-        if narrow:
-            scales = np.where(rng.random(scales.shape) < 0.1, 127, scales % 128).astype(np.uint8)
-            scales[..., ALPHA_R] %= 128 - scales[..., ALPHA_O]
         return PackedLinear(
             rows,
             cols,

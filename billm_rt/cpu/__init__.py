@@ -7,7 +7,7 @@ number of threads, and the number of tokens computed together:
     acc           = 0; for every block b in order: acc += x_scale[t, b] * isum[t, r, b]  float32
     out[t, r]     = acc * row_scale[r] (+ bias[r])
 
-An activation x is an integer of 8 bits (-127..127) or 16 (-32639..32639).
+An activation x is an integer of 8 bits (-127..127) or 16, of which it uses 14 (-8191..8191: four of them add up in 16).
 """
 
 import atexit
@@ -130,7 +130,7 @@ def quantize(
 ) -> QuantizedActivations:
     """Quantize x [tokens, cols] (times col_scale [cols], if given) to `bits` (8 or 16), a scale per token and block.
 
-    scale = absmax / top (127 or 32639), value = x / scale rounded half to even; a block of zeros has the scale 0, one
+    scale = absmax / top (127 or 8191), value = x / scale rounded half to even; a block of zeros has the scale 0, one
     that holds an infinity or NaN the scale NaN. TypeError for a wrong dtype, ValueError for a wrong shape, block size
     or number of bits.
     """

@@ -26,8 +26,8 @@ class QuantizedActivations:
 
 
 def top(bits: int) -> int:
-    """Return the largest value of an activation: 127 for 8 bits, for 16 the largest of two such bytes."""
-    return 127 if bits == 8 else 127 * 256 + 127
+    """Return the largest value of an activation: 127 for 8 bits, 8191 for 16, as four of them add up in 16 bits."""
+    return 127 if bits == 8 else 8191
 
 
 def quantize(

@@ -44,7 +44,7 @@ enum { SIGN, SECOND, SALIENT, SCALES, VALUES, NIBBLES, STEPS, X, X_SCALE, ROW_SC
 struct problem {
     struct guarded memory[BLOCKS];
     struct billm_weight binary, int8, int4;
-    void *arranged[2]; /* of the binary weight and of its part */
+    struct billm_arranged arranged[2]; /* of the binary weight and of its part */
     struct billm_tokens x;
     struct billm_epilogue epilogue;
     size_t out_stride, out_floats;
@@ -60,6 +60,16 @@ static void fill_bytes(struct guarded *block, size_t size, int extreme, uint8_t 
         ((uint8_t *)block->data)[i] = extreme ? value : (uint8_t)draw();
 }
 
+/* Salient columns: half of them, few, nearly all, or, at the ends, none or all. */
+static void fill_salient(struct guarded *block, size_t size, int extreme) {
+    fill_bytes(block, size, extreme, below(2) ? 0xff : 0);
+    const size_t kind = extreme ? 0 : below(3);
+    for (size_t i = 0; i < size && kind; i++) {
+        const uint8_t few = (uint8_t)(draw() & draw() & draw() & draw());
+        ((uint8_t *)block->data)[i] = kind == 1 ? few : (uint8_t)~few;
+    }
+}
+
 static void fill_floats(struct guarded *block, size_t count) {
     *block = guarded_alloc(4 * count);
     for (size_t i = 0; i < count; i++)
@@ -73,18 +83,9 @@ static void fill_values(struct guarded *block, size_t count, int bits, int extre
     for (size_t i = 0; i < count; i++) {
         int32_t value = (int32_t)below((size_t)(2 * top + 1)) - top;
         if (bits == 16 && below(4) == 0)
-            value = 256 * ((int32_t)below(254) - 127) + 126 + (int32_t)below(5);
+            value = 256 * ((int32_t)below(62) - 31) + 126 + (int32_t)below(5);
         ((int16_t *)block->data)[i] = (int16_t)(extreme ? same : value > top ? top : value < -top ? -top : value);
     }
-}
-
-/* Four codes for each of `count` blocks, random or at one end: of anything, or such that all levels have seven bits. */
-static void fill_scales(struct guarded *block, size_t count, int extreme, int narrow) {
-    fill_bytes(block, 4 * count, extreme, 0xff);
-    const uint8_t top[4] = {127, 127, 64, 63}, alone[4] = {127, 127, 127, 0}, *end = below(2) ? top : alone;
-    uint8_t *scale = block->data;
-    for (size_t i = 0; narrow && i < 4 * count; i++)
-        scale[i] = extreme || below(16) == 0 ? end[i % 4] : (uint8_t)(scale[i] % (end[i % 4] + 1));
 }
 
 static void make(struct problem *p) {
@@ -95,8 +96,8 @@ static void make(struct problem *p) {
     int extreme = below(4) == 0; /* everything at the end of its range: sums must not overflow or saturate */
     fill_bytes(&p->memory[SIGN], rows * stride, extreme, 0xff);
     fill_bytes(&p->memory[SECOND], rows * stride, extreme, below(2) ? 0xff : 0);
-    fill_bytes(&p->memory[SALIENT], stride, extreme, below(2) ? 0xff : 0);
-    fill_scales(&p->memory[SCALES], rows * blocks, extreme, (int)below(2));
+    fill_salient(&p->memory[SALIENT], stride, extreme);
+    fill_bytes(&p->memory[SCALES], 4 * rows * blocks, extreme, 0xff);
     fill_bytes(&p->memory[VALUES], rows * cols, extreme, 0x80);
     fill_bytes(&p->memory[NIBBLES], rows * units * 16, extreme, below(2) ? 0xff : 0);
     fill_bytes(&p->memory[STEPS], rows * units, extreme, below(2) ? 0x80 : 0x7f);
@@ -118,9 +119,8 @@ static void make(struct problem *p) {
                                       p->memory[SALIENT].data,
                                       p->memory[SCALES].data,
                                       NULL};
-    p->binary.narrow = billm_has_narrow_levels(&p->binary);
     p->binary.arranged = &p->arranged[0];
-    p->arranged[0] = p->arranged[1] = NULL;
+    memset(p->arranged, 0, sizeof p->arranged);
     p->int8 = (struct billm_weight){.rows = rows, .cols = cols, .block = block, .blocks = blocks, .stride = cols};
     p->int8.values = p->memory[VALUES].data;
     p->int4 = (struct billm_weight){.rows = rows, .cols = cols, .block = 32, .blocks = units, .stride = 16 * units};
@@ -211,8 +211,8 @@ int main(int argc, char **argv) {
         billm_pool_set_threads(1 + (int)below(3));
         for (int i = 3; i < argc && !bad; i++)
             bad = differs(argv[i], &p) || quantize_differs(argv[i], &p);
-        free(p.arranged[0]);
-        free(p.arranged[1]);
+        free(p.arranged[0].memory);
+        free(p.arranged[1].memory);
         for (int i = 0; i < BLOCKS; i++)
             munmap(p.memory[i].map, p.memory[i].map_size);
     }

@@ -87,7 +87,7 @@ def test_wrong_activations(
         cpu.binary_linear(weight, dataclasses.replace(activations(), **fields))
 
 
-@pytest.mark.parametrize(("bits", "top"), [(8, 127), (16, 127 * 256 + 127)])
+@pytest.mark.parametrize(("bits", "top"), [(8, 127), (16, 8191)])
 def test_activations_out_of_range(backend: str, weight: PackedLinear, bits: int, top: int) -> None:
     table, scale = np.ones((5, COLS), np.int8), np.ones(5, np.float16)
     for tokens, place in ((1, (0, 0)), (3, (2, COLS - 1)), (3, (1, 50))):

@@ -15,10 +15,14 @@ TESTS = Path(__file__).parent
 SOURCES = TESTS.parents[1] / "billm_rt" / "cpu" / "src"
 FLAGS = ("-std=gnu11", "-ffp-contract=off", "-pthread", "-Wno-psabi", f"-I{SOURCES}")
 X86 = (
-    *("dispatch", "arrange", "pool", "portable", "avx2", "lookup", "avx512", "avx512_narrow", "avx512_table"),
+    *("dispatch", "arrange", "pool", "portable", "avx2", "lookup", "avx512", "avx512_lookup", "avx512_table"),
     *("float_portable", "float_avx2", "float_avx512"),
 )
 ARM = ("dispatch", "arrange", "pool", "portable", "neon", "float_portable", "float_neon")
+AVX512 = (
+    *("-O2", "-mavx2", "-mfma", "-mbmi2"),
+    *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "vbmi", "vbmi2")),
+)
 on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs an x86-64 machine")
 
 
@@ -63,7 +67,7 @@ def test_neon_under_an_emulator(tmp_path: Path, seed: int) -> None:
 def test_avx512_over_emulated_intrinsics(tmp_path: Path, seed: int) -> None:
     need_simde()
     program = build("gcc", tmp_path / "driver", "driver.c", X86, "-O1", "-mavx2", "-DBILLM_SIMDE")
-    run(program, seed, 500, "avx512-vnni", "avx2")
+    run(program, seed, 500, "avx512-vbmi", "avx512-vnni", "avx2")
 
 
 @on_x86
@@ -90,9 +94,17 @@ def test_amx_at_the_edge_of_memory(tmp_path: Path, seed: int) -> None:
     need("gcc")
     if "amx_int8" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("needs a processor with AMX")
-    flags = ("-O2", "-DBILLM_AMX", "-mavx2", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")))
-    program = build("gcc", tmp_path / "driver", "driver.c", (*X86, "amx"), *flags, "-mamx-tile", "-mamx-int8")
-    run(program, seed, 1000, "amx-int8", "avx512-vnni")
+    flags = (*AVX512, "-DBILLM_AMX", "-mamx-tile", "-mamx-int8")
+    run(build("gcc", tmp_path / "driver", "driver.c", (*X86, "amx"), *flags), seed, 1000, "amx-int8", "avx512-vnni")
+
+
+@on_x86
+def test_avx512_at_the_edge_of_memory(tmp_path: Path, seed: int) -> None:
+    """The processor's own instructions."""
+    need("gcc")
+    if "avx512_vbmi2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs a processor with AVX-512 VBMI")
+    run(build("gcc", tmp_path / "driver", "driver.c", X86, *AVX512), seed, 2000, "avx512-vbmi", "avx512-vnni")
 
 
 @pytest.mark.slow
@@ -102,7 +114,7 @@ def test_kernels_with_address_and_undefined_behaviour_sanitizers(tmp_path: Path,
     sanitize = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     emulate = ("-mavx2", "-DBILLM_SIMDE", "-DBILLM_AVXVNNI")
     program = build("gcc", tmp_path / "driver", "driver.c", (*X86, "avxvnni"), *emulate, *sanitize)
-    run(program, seed, 2000, "avx512-vnni", "avx-vnni", "avx2")
+    run(program, seed, 2000, "avx512-vbmi", "avx512-vnni", "avx-vnni", "avx2")
 
 
 @pytest.mark.slow
@@ -112,7 +124,7 @@ def test_pool_with_thread_sanitizer(tmp_path: Path, seed: int) -> None:
     flags = ("-g", "-O1", "-fsanitize=thread")
     run(build("gcc", tmp_path / "stress", "pool_stress.c", ("pool",), *flags), 300)
     program = build("gcc", tmp_path / "driver", "driver.c", X86, *flags, "-mavx2", "-DBILLM_SIMDE")
-    run(program, seed, 300, "avx2")
+    run(program, seed, 300, "avx512-vbmi", "avx2")
 
 
 def test_pool_under_stress(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def random_activations(
     bits = bits or int(rng.choice([8, 16]))
     top = fallback.top(bits)
     values = rng.integers(-top, top + 1, (tokens, cols), dtype=np.int16)
-    edges = [-top, top] if bits == 8 else [-top, top, 128, -128, 127 * 256 - 128, -127 * 256 + 128, 127 * 256 - 129]
+    edges = [-top, top] if bits == 8 else [-top, top, 128, -128, 31 * 256 - 128, -31 * 256 + 128, 31 * 256 - 129]
     values = np.where(rng.random(values.shape) < 0.2, rng.choice(np.array(edges, np.int16), values.shape), values)
     scales = rng.uniform(0, 0.05, (tokens, -(-cols // block))).astype(np.float32)
     return QuantizedActivations(values, scales, block, bits)
@@ -59,8 +59,8 @@ def test_the_native_library_is_present() -> None:
 def test_binary_linear_is_its_definition(isa: str, block: int, random_linear: Any, rng: np.random.Generator) -> None:
     for cols in COLS:
         for tokens in rng.choice(TOKENS, 3, replace=False):
-            rows, bias, narrow = int(rng.integers(1, 70)), bool(rng.integers(2)), bool(rng.integers(2))
-            weight = random_linear(rows, cols, block, bias=bias, narrow=narrow)
+            rows, bias = int(rng.integers(1, 70)), bool(rng.integers(2))
+            weight = random_linear(rows, cols, block, bias=bias)
             x = random_activations(rng, int(tokens), cols, block)
             out = cpu.binary_linear(weight, x)
             assert out.dtype == np.float32
@@ -106,7 +106,7 @@ def test_int4_linear_is_its_definition(isa: str, cols: int, rng: np.random.Gener
 @pytest.mark.parametrize("cols", [31, 320, 1000])
 def test_int4_sums_at_the_end_of_their_range(isa: str, rows: int, tokens: int, cols: int) -> None:
     groups = -(-cols // 32)
-    for activation in (127, -127, 32639, -32639, 32384, -32384, 128, -128):
+    for activation in (127, -127, 8191, -8191, 7936, -7936, 128, -128):
         bits = 8 if abs(activation) <= 127 else 16
         x = QuantizedActivations(
             np.full((tokens, cols), activation, np.int16), np.ones((tokens, groups), np.float32), 32, bits
@@ -134,7 +134,7 @@ def test_long_rows_and_many_tokens(isa: str, random_linear: Any, rng: np.random.
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
-@pytest.mark.parametrize("activation", [127, -127, 32639, -32639, 128, -128, 32384, -32384])
+@pytest.mark.parametrize("activation", [127, -127, 8191, -8191, 128, -128, 7936, -7936])
 @pytest.mark.parametrize("salient", [0x00, 0xFF])
 def test_sums_at_the_end_of_their_range(isa: str, tokens: int, activation: int, salient: int) -> None:
     for cols, block in ((256, 256), (1000, 256), (512, 32)):
@@ -163,37 +163,6 @@ def test_salient_magnitudes_saturate(isa: str, tokens: int, random_linear: Any, 
     weight.scales[...] = rng.choice(np.array([0, 1, 100, 127, 128, 200, 254, 255], np.uint8), weight.scales.shape)
     x = random_activations(rng, tokens, 160, 64)
     np.testing.assert_array_equal(cpu.binary_linear(weight, x), expected_binary(weight, x))
-
-
-@pytest.mark.parametrize("cols", [64, 128, 160, 224, 256, 576, 1000])
-@pytest.mark.parametrize("block", [128, 256])
-def test_narrow_levels_at_the_end_of_their_range(isa: str, cols: int, block: int, rng: np.random.Generator) -> None:
-    stride, blocks, rows = 4 * -(-cols // 32), -(-cols // block), int(rng.integers(1, 40))
-    planes = rng.integers(0, 2, (2, rows, 1), dtype=np.uint8) * np.full((1, 1, stride), 255, np.uint8)
-    row_scale = np.ones(rows, np.float16)
-    for activation in (127, -127, 32639, -32639, 128, -128):
-        bits = 8 if abs(activation) <= 127 else 16
-        x = QuantizedActivations(
-            np.full((1, cols), activation, np.int16), np.ones((1, blocks), np.float32), block, bits
-        )
-        for salient in (0x00, 0xFF):
-            for codes in ((127, 127, 127, 0), (127, 127, 64, 63)):
-                scales = np.broadcast_to(np.array(codes, np.uint8), (rows, blocks, 4)).copy()
-                column = np.full(stride, salient, np.uint8)
-                weight = PackedLinear(rows, cols, block, *planes, column, scales, row_scale)
-                np.testing.assert_array_equal(cpu.binary_linear(weight, x), expected_binary(weight, x))
-
-
-@pytest.mark.parametrize("place", range(4))
-def test_one_wide_level_among_narrow_ones(isa: str, place: int, random_linear: Any, rng: np.random.Generator) -> None:
-    """A byte beyond the range anywhere, or two whose sum is: the quicker product must not take it."""
-    for _ in range(10):
-        weight = random_linear(int(rng.integers(1, 40)), 576, 128, narrow=True)
-        row, block = rng.integers(weight.rows), rng.integers(5)
-        weight.salient[:] = 255 if place >= 2 else 0
-        weight.scales[row, block] = (0, 0, 64, 64) if place == 3 else np.eye(4)[place] * rng.integers(128, 256)
-        x = random_activations(rng, 1, 576, 128)
-        np.testing.assert_array_equal(cpu.binary_linear(weight, x), expected_binary(weight, x))
 
 
 def test_zero_scales_give_the_bias(isa: str, random_linear: Any, rng: np.random.Generator) -> None:
@@ -243,11 +212,11 @@ def test_a_token_alone_equals_the_token_in_a_prompt(isa: str, random_linear: Any
 
 
 def test_products_approximate_the_float_product(isa: str, random_linear: Any, rng: np.random.Generator) -> None:
-    """End to end, col_scale included: 8 bits cost less than one percent, 16 bits less than a ten-thousandth."""
+    """End to end, col_scale included: 8 bits cost less than one percent, 16 bits less than four ten-thousandths."""
     weight, x = random_linear(64, 512, 128), rng.standard_normal((5, 512)).astype(np.float32)
     col_scale = rng.uniform(0.5, 2, 512).astype(np.float32)
     exact = (x.astype(np.float64) * col_scale) @ weight.dequantize().astype(np.float64).T
-    for bits, bound in ((8, 0.01), (16, 1e-4)):
+    for bits, bound in ((8, 0.01), (16, 4e-4)):
         out = cpu.binary_linear(weight, cpu.quantize(x, 128, col_scale, bits))
         assert np.linalg.norm(out - exact) < bound * np.linalg.norm(exact)
 
@@ -268,14 +237,14 @@ def test_quantize_is_its_definition(isa: str, block: int, bits: int, rng: np.ran
         for token in range(4):
             for b, start in enumerate(range(0, cols, block)):
                 part = scaled[token, start : start + block]
-                scale = np.abs(part).max() / np.float32(127 if bits == 8 else 32639)
+                scale = np.abs(part).max() / np.float32(127 if bits == 8 else 8191)
                 assert out.scales[token, b] == scale
                 wanted = np.round(part / scale) if scale else np.zeros_like(part)
                 np.testing.assert_array_equal(out.values[token, start : start + block], wanted)
 
 
 def test_quantize_rounds_halves_to_even(isa: str) -> None:
-    for bits, top in ((8, 127), (16, 32639)):
+    for bits, top in ((8, 127), (16, 8191)):
         x = np.array([[top, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, top - 0.5, 0.5 - top]], np.float32)
         out = cpu.quantize(x, 32, bits=bits)
         assert out.scales[0, 0] == 1
@@ -288,7 +257,7 @@ def test_quantize_of_the_smallest_and_of_no_numbers(isa: str, bits: int, random_
     x = np.zeros((6, 64), np.float32)
     x[0, 3], x[1, 40] = np.nan, -np.inf
     x[2] = np.float32(1e-45)  # the scale underflows to zero
-    x[3] = np.float32(2.5e-43 if bits == 8 else 6.8e-41)  # the scale is subnormal, far too coarse for so many steps
+    x[3] = np.float32(2.5e-43 if bits == 8 else 1.7e-41)  # the scale is subnormal, far too coarse for so many steps
     x[4, :32] = 1e30
     out = cpu.quantize(x, 32, bits=bits)
     assert np.isnan(out.scales).tolist() == [[True, False], [False, True], *[[False, False]] * 4]

@@ -65,13 +65,13 @@ def test_exact_path_equals_hugging_face(case: str, tmp_path: Path, rng: np.rando
 
 @pytest.mark.parametrize("case", CASES)
 def test_16_bit_activations_are_all_but_exact(case: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    """The step of 16 bits is 256 times finer: 0.6 % noise becomes 0.0024 %, and 2 to 4 % 0.016 %."""
+    """The step of 16 bits, of which 14 are used, is 64 times finer: 0.6 % noise becomes 0.01 %, and 2 to 4 % 0.06 %."""
     family, changes, rope = CASES[case]
     config = tiny_config(family, **changes)
     twin = make_twins(tmp_path / "m.billm", config, _quantization(config, rng), int(rng.integers(1 << 30)), rope)
     tokens = rng.integers(0, config.vocab_size, 60).tolist()
     with billm_rt.load(tmp_path / "m.billm") as model:
-        assert _error(model.logits(tokens), hf_logits(twin, tokens)) < 5e-4
+        assert _error(model.logits(tokens), hf_logits(twin, tokens)) < 2e-3
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the native CPU library is not built")

@@ -1,4 +1,4 @@
-/* AMX: tiles of bytes for prompts; the rest is AVX-512's.
+/* AMX: tiles of bytes for prompts; the rest is AVX-512's with VBMI.
  *
  * One instruction multiplies 16 tokens by 16 rows over 64 columns, both sides in bytes. So a level becomes two unsigned
  * parts, of which one is zero, and an activation two signed digits, 256 * high + low = x; an accumulator for each of the
@@ -258,12 +258,15 @@ const struct billm_isa billm_amx = {
     .tile_rows = TILE_ROWS,
     .token_step = TOKENS,
     .packed_bytes = DIGITS,
-    .row_step = 16,
+    .row_step = billm_avx512_lookup_step,
     .few_tokens = 1,
     .quantize = billm_avx512_quantize,
-    .prepared_bytes = billm_avx512_prepared_bytes,
-    .prepare = billm_avx512_prepare,
-    .binary_gemv = billm_avx512_binary_gemv,
+    .arranged_bytes = billm_avx512_lookup_bytes,
+    .arrange_begin = billm_avx512_lookup_begin,
+    .arrange = billm_avx512_lookup_arrange,
+    .prepared_bytes = billm_avx512vbmi_prepared_bytes,
+    .prepare = billm_avx512vbmi_prepare,
+    .binary_gemv = billm_avx512_lookup_gemv,
     .int8_gemv = billm_avx512_int8_gemv,
     .int4_gemv = billm_avx512_int4_gemv,
     .binary_tile = binary_tile,

@@ -8,12 +8,12 @@ struct arranging {
     const struct billm_isa *isa;
     const struct billm_weight *weight;
     void *memory;
-    size_t steps_per_task;
+    size_t rows_per_step, steps_per_task;
 };
 
 static void arrange_task(void *context, size_t index) {
     const struct arranging *job = context;
-    const size_t steps = (job->weight->rows + job->isa->row_step - 1) / job->isa->row_step;
+    const size_t steps = (job->weight->rows + job->rows_per_step - 1) / job->rows_per_step;
     size_t step = index * job->steps_per_task, end = billm_min(step + job->steps_per_task, steps);
     for (; step < end; step++)
         job->isa->arrange(job->weight, step, job->memory);
@@ -27,20 +27,29 @@ void billm_allow_copies(int allowed) {
     billm_pool_unlock();
 }
 
+/* Whether the copy is there and lies as this instruction set reads it. */
+static int in_order_of(const struct billm_isa *isa, const struct billm_arranged *copy) {
+    return copy->memory && copy->isa->arrange == isa->arrange;
+}
+
 int billm_arrange_in_turn(const struct billm_weight *w) {
     struct arranging job = {.isa = billm_isa_in_turn(), .weight = w};
-    if (!w->sign || !job.isa->arrange || *w->arranged)
+    if (!w->sign || !job.isa->arrange || in_order_of(job.isa, w->arranged))
         return 0;
     if (!copies_allowed)
         return -1;
-    job.memory = aligned_alloc(64, billm_round_up(job.isa->arranged_bytes(w), 64));
+    const size_t bytes = billm_round_up(job.isa->arranged_bytes(w), 64);
+    free(w->arranged->memory);
+    *w->arranged = (struct billm_arranged){0};
+    job.memory = aligned_alloc(64, bytes);
     if (!job.memory)
         return -1;
     job.isa->arrange_begin(w, job.memory);
     const size_t rows_per_task = billm_rows_per_task(&w->rows, 1, w->cols);
-    job.steps_per_task = rows_per_task / job.isa->row_step;
+    job.rows_per_step = job.isa->row_step(w->cols);
+    job.steps_per_task = rows_per_task / job.rows_per_step;
     billm_pool_run(arrange_task, &job, (w->rows + rows_per_task - 1) / rows_per_task);
-    *w->arranged = job.memory;
+    *w->arranged = (struct billm_arranged){job.memory, bytes, job.isa};
     return 0;
 }
 
@@ -61,10 +70,8 @@ int billm_each_weight(const struct billm_decoder *d, size_t first, size_t count,
 }
 
 static int add_copied(void *context, const struct billm_weight *weight, size_t group) {
-    const struct billm_isa *isa = billm_isa_in_turn();
     (void)group;
-    if (*weight->arranged && isa->arranged_bytes)
-        *(size_t *)context += isa->arranged_bytes(weight);
+    *(size_t *)context += weight->arranged->bytes;
     return 0;
 }
 

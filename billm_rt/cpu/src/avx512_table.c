@@ -1,9 +1,38 @@
 /* AVX-512 with VNNI, decoding: rows of 8 and of 4 bits, that is, heads. */
 #include "x86.h"
 
-/* ---- 8 bits: pairs of int16, eight rows side by side; prepared are the activations and zeros ---- */
+/* ---- 8 bits ----
+ *
+ * vpdpbusd wants one side without signs: a value raised by 128 is one, and what that adds, the sum of the activations, is
+ * the same for every row. Activations are two digits, 256 high + low. Eight rows, one after the other, so that the memory
+ * sees one stream. */
+enum { INT8_ROWS = 8, INT8_BLOCKS = 16, INT8_AHEAD = 4096 };
 
-enum { INT8_ROWS = 8, INT8_COLS = 32 };
+/* A prepared token: bytes of all columns and zeros, in whole vectors, of low digits, then of high ones; then this for each
+ * block. */
+struct raised {
+    int32_t sum; /* of the activations, times 128 */
+};
+
+static size_t digit_bytes(const struct billm_weight *w) {
+    return billm_round_up(w->cols, 64);
+}
+
+static void prepare_int8(const struct billm_weight *w, const int16_t *x, int8_t *low) {
+    int8_t *high = low + digit_bytes(w);
+    struct raised *raised = (void *)(high + digit_bytes(w));
+    memset(low, 0, 2 * digit_bytes(w));
+    for (size_t block = 0, col = 0; block < w->blocks; block++) {
+        const size_t stop = billm_min(col + w->block, w->cols);
+        int32_t sum = 0;
+        for (; col < stop; col++) {
+            low[col] = (int8_t)(x[col] & 0xff);
+            high[col] = (int8_t)((x[col] + 128) >> 8);
+            sum += x[col];
+        }
+        raised[block].sum = 128 * sum;
+    }
+}
 
 /* Lane i is the sum of the lanes of r[i]. */
 static inline __m256i sum_lanes(const __m512i r[INT8_ROWS]) {
@@ -22,47 +51,65 @@ static inline __m256i sum_lanes(const __m512i r[INT8_ROWS]) {
     return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
-/* Add 32 columns of eight rows; `count` of them are there, `whole` says whether that is all. */
-BILLM_INLINE void add_columns(const int8_t *const from[INT8_ROWS], size_t col, const int whole, size_t count,
-                              const int16_t *x, __m512i sums[INT8_ROWS]) {
-    const __m512i values = _mm512_loadu_si512(x + col);
-    int8_t short_row[INT8_COLS] = {0};
-#pragma GCC unroll 8
-    for (size_t r = 0; r < INT8_ROWS; r++) {
-        if (!whole)
-            memcpy(short_row, from[r] + col, count);
-        const __m256i weight = _mm256_loadu_si256((const void *)(whole ? from[r] + col : short_row));
-        sums[r] = _mm512_dpwssd_epi32(sums[r], _mm512_cvtepi8_epi16(weight), values);
+/* The sums of a row over `blocks` blocks from column `col` on, spread over the lanes: block b's to sums[INT8_ROWS b]. */
+BILLM_INLINE void int8_row(const struct billm_weight *w, const int8_t *values, const int8_t *x, size_t col,
+                           size_t blocks, const int bits, __m512i *sums) {
+    const __m512i raise = _mm512_set1_epi8(-128);
+    const size_t width = digit_bytes(w);
+    for (size_t b = 0; b < blocks; b++, sums += INT8_ROWS) {
+        const size_t stop = billm_min(col + w->block, w->cols);
+        __m512i low = _mm512_setzero_si512(), high = low;
+        for (; col + 64 <= stop; col += 64) {
+            const __m512i value = _mm512_xor_si512(_mm512_loadu_si512(values + col), raise);
+            low = _mm512_dpbusd_epi32(low, value, _mm512_loadu_si512(x + col));
+            if (bits != 8)
+                high = _mm512_dpbusd_epi32(high, value, _mm512_loadu_si512(x + width + col));
+        }
+        if (col < stop) {
+            const __mmask64 rest = ~(__mmask64)0 >> (64 - (stop - col));
+            const __m512i value = _mm512_xor_si512(_mm512_maskz_loadu_epi8(rest, values + col), raise);
+            low = _mm512_dpbusd_epi32(low, value, _mm512_maskz_loadu_epi8(rest, x + col));
+            if (bits != 8)
+                high = _mm512_dpbusd_epi32(high, value, _mm512_maskz_loadu_epi8(rest, x + width + col));
+            col = stop;
+        }
+        *sums = bits == 8 ? low : _mm512_add_epi32(low, _mm512_slli_epi32(high, 8));
     }
 }
 
-void billm_avx512_int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+BILLM_INLINE void int8_gemv(const struct billm_weight *w, const int8_t *x, const int bits, const float *x_scale,
                             size_t row, size_t end, float *acc) {
-    (void)bits; /* pairs of int16 serve both */
+    const struct raised *raised = (const void *)(x + 2 * digit_bytes(w));
     for (size_t rows; row < end; row += rows) {
-        const int8_t *from[INT8_ROWS];
         __m256 total = _mm256_setzero_ps();
         rows = billm_min(INT8_ROWS, end - row);
-        for (size_t r = 0; r < INT8_ROWS; r++)
-            from[r] = w->values + (row + billm_min(r, rows - 1)) * w->stride;
-        for (size_t block = 0, col = 0; block < w->blocks; block++) {
-            const size_t stop = billm_min(col + w->block, w->cols);
-            __m512i sums[INT8_ROWS];
-#pragma GCC unroll 8
-            for (size_t r = 0; r < INT8_ROWS; r++)
-                sums[r] = _mm512_setzero_si512();
-            for (; col + INT8_COLS <= stop; col += INT8_COLS)
-                add_columns(from, col, 1, INT8_COLS, prepared, sums);
-            if (col < stop)
-                add_columns(from, col, 0, stop - col, prepared, sums);
-            col = stop;
-            total = billm_step(total, x_scale[block], sum_lanes(sums));
+        for (size_t block = 0; block < w->blocks; block += INT8_BLOCKS) {
+            const size_t blocks = billm_min(INT8_BLOCKS, w->blocks - block), col = block * w->block;
+            __m512i sums[INT8_BLOCKS][INT8_ROWS];
+            for (size_t r = 0; r < INT8_ROWS; r++) {
+                const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
+                for (size_t j = col; j < billm_min(col + INT8_BLOCKS * w->block, w->cols); j += 64)
+                    _mm_prefetch((const char *)values + INT8_AHEAD + j, _MM_HINT_T0);
+                int8_row(w, values, x, col, blocks, bits, &sums[0][r]);
+            }
+            for (size_t b = 0; b < blocks; b++) {
+                const __m256i sum = _mm256_sub_epi32(sum_lanes(sums[b]), _mm256_set1_epi32(raised[block + b].sum));
+                total = billm_step(total, x_scale[block + b], sum);
+            }
         }
         float result[INT8_ROWS];
         _mm256_storeu_ps(result, total);
         memcpy(acc, result, rows * sizeof *acc);
         acc += rows;
     }
+}
+
+void billm_avx512_int8_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale,
+                            size_t row, size_t end, float *acc) {
+    if (bits == 8)
+        int8_gemv(w, prepared, 8, x_scale, row, end, acc);
+    else
+        int8_gemv(w, prepared, 16, x_scale, row, end, acc);
 }
 
 /* ---- 4 bits: sixteen rows, in slabs of four units ----
@@ -240,14 +287,12 @@ void billm_avx512_int4_gemv(const struct billm_weight *w, const void *prepared, 
 size_t billm_avx512_table_bytes(const struct billm_weight *w) {
     if (w->nibbles)
         return (w->blocks + SLAB_UNITS - 1) / SLAB_UNITS * sizeof(struct slab);
-    return billm_round_up(w->cols, INT8_COLS) * sizeof(int16_t);
+    return 2 * digit_bytes(w) + w->blocks * sizeof(struct raised);
 }
 
 void billm_avx512_prepare_table(const struct billm_weight *w, const int16_t *x, void *prepared) {
-    if (w->nibbles) {
+    if (w->nibbles)
         prepare_int4(w, x, prepared);
-        return;
-    }
-    memcpy(prepared, x, w->cols * sizeof *x);
-    memset((int16_t *)prepared + w->cols, 0, (billm_round_up(w->cols, INT8_COLS) - w->cols) * sizeof *x);
+    else
+        prepare_int8(w, x, prepared);
 }

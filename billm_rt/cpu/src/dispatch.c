@@ -45,6 +45,15 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512vnni");
 #endif
 }
+
+static int has_avx512vbmi(void) {
+#if defined(BILLM_SIMDE)
+    return 1;
+#else
+    return has_avx512() && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+#endif
+}
 #endif
 
 #if defined(BILLM_AVXVNNI)
@@ -63,7 +72,7 @@ static int has_avxvnni(void) {
 static int has_amx(void) {
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     unsigned a, b, c, d;
-    if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1))
+    if (!has_avx512vbmi() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1))
         return 0;
     return !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
 }
@@ -90,6 +99,8 @@ static size_t candidates(const struct billm_isa *found[BILLM_ISAS]) {
     if (has_amx())
         found[count++] = &billm_amx;
 #endif
+    if (has_avx512vbmi())
+        found[count++] = &billm_avx512vbmi;
     if (has_avx512())
         found[count++] = &billm_avx512;
 #if defined(BILLM_AVXVNNI)
@@ -151,17 +162,6 @@ const char *billm_selected(void) {
     const char *name = billm_isa_in_turn()->name;
     billm_pool_unlock();
     return name;
-}
-
-/* ---- levels ---- */
-
-int billm_has_narrow_levels(const struct billm_weight *w) {
-    unsigned wide = 0;
-    for (size_t i = 0; i < w->rows * w->blocks; i++) {
-        const uint8_t *scale = w->scales + 4 * i; /* the residual's sum is what saturates, not its parts */
-        wide |= (unsigned)scale[0] | (unsigned)scale[1] | (unsigned)(scale[2] + scale[3]);
-    }
-    return wide <= 127;
 }
 
 /* ---- scratch: one buffer that grows to the largest need, guarded by the pool's turn ---- */
@@ -273,7 +273,8 @@ static void prepare_task(void *context, size_t index) {
 static void gemv_task(void *context, size_t index) {
     const struct job *job = context;
     struct share share = share_of(job, index);
-    const size_t rows = billm_round_up(1 + (FEW_TOKENS_WEIGHTS - 1) / job->cols, job->isa->row_step);
+    const size_t few = billm_round_up(1 + (FEW_TOKENS_WEIGHTS - 1) / job->cols, job->isa->row_step(job->cols));
+    const size_t rows = job->x->count == 1 ? share.end - share.row : few;
     for (size_t row = share.row; row < share.end; row += rows)
         for (size_t token = 0; token < job->x->count; token++) {
             struct billm_product product = *share.product;
@@ -329,7 +330,7 @@ static size_t cut_tasks(struct job *job, size_t rows_per_task) {
 
 size_t billm_rows_per_task(const size_t *rows, size_t count, size_t cols) {
     const uint32_t threads = (uint32_t)billm_pool_threads();
-    const size_t step = billm_isa_in_turn()->row_step;
+    const size_t step = billm_isa_in_turn()->row_step(cols);
     const size_t fewest = billm_round_up((WEIGHTS_PER_TASK + cols - 1) / cols, step);
     size_t all = 0, best = 0, least = (size_t)-1;
     for (size_t i = 0; i < count; i++)

@@ -6,12 +6,12 @@
  *   acc           = 0; for b = 0, 1, ...: acc = acc + x_scale[t, b] * (float)isum     float32, two roundings a step
  *   out[t, r]     = acc * row_scale[r] (+ bias[r])
  *
- * |isum| <= 256 * 255 * 32639 < 2^31, and 32 * 1024 * 32639 at 4 bits; its conversion to float32 rounds to nearest, halves to even. No fused multiply-add
+ * |isum| <= 256 * 255 * 8191 < 2^31, and 32 * 1024 * 8191 at 4 bits; its conversion to float32 rounds to nearest, halves to even. No fused multiply-add
  * and one fixed order: results do not depend on the instruction set, the number of threads, or how many tokens are
  * computed together.
  *
- * Activations are int16, of 8 bits (|x| <= 127) or of 16 (|x| <= 127 * 256 + 127): so x = 256 * high + low with both
- * bytes signed and |high| <= 127, and the same holds of -x.
+ * Activations are int16, of 8 bits (|x| <= 127) or of 16, of which they use 14 (|x| <= 8191): so four of them add up in 16
+ * bits, and x = 256 * high + low with both bytes signed, which holds of -x too.
  */
 #ifndef BILLM_KERNELS_H
 #define BILLM_KERNELS_H
@@ -24,10 +24,17 @@
 enum {
     BILLM_UNIT = 32, /* every block is a whole number of units of 32 columns (4 bytes of a bit plane) */
     BILLM_MAX_BLOCK = 256,
-    BILLM_ISAS = 5,        /* most instruction sets that one machine supports */
+    BILLM_ISAS = 6,        /* most instruction sets that one machine supports */
     BILLM_TILE_ROWS = 32,  /* most rows of a decoded tile */
     BILLM_TILE_COLS = 256, /* most columns of one: a whole number of blocks, and 16 KiB of int16 stay in the L1 cache */
     BILLM_PACK_COLS = 64   /* a packed token has room for a whole number of so many columns */
+};
+
+/* A copy of a weight's planes and scales in the order in which decoding reads them; at first zeros. */
+struct billm_arranged {
+    void *memory;
+    size_t bytes;
+    const struct billm_isa *isa; /* in whose order */
 };
 
 /* A weight [rows, cols] in the file's layout: either the planes and scales, `values`, or `nibbles` and `steps` are set. */
@@ -41,8 +48,7 @@ struct billm_weight {
     const int8_t *values;   /* [rows, cols] */
     const uint8_t *nibbles; /* [rows, 16 * blocks], the block being a unit: its columns i and 16 + i are byte i */
     const int8_t *steps;    /* [blocks, rows]: level = (nibble - 8) * step */
-    int narrow;             /* what billm_has_narrow_levels says of the scales; 0 will always do */
-    void **arranged;        /* of planes: what `billm_arrange_in_turn` made, at first NULL. One layout serves a machine */
+    struct billm_arranged *arranged; /* of planes */
 };
 
 /* Quantized activations of `count` tokens. */
@@ -77,12 +83,13 @@ struct billm_isa {
     size_t tile_rows;    /* rows of a tile, at most BILLM_TILE_ROWS */
     size_t token_step;   /* `multiply` takes tokens by so many, a power of 2 */
     size_t packed_bytes; /* bytes of a packed activation */
-    size_t row_step;     /* decoding takes rows by so many */
     size_t few_tokens;   /* up to so many are decoded one by one: making tiles for them would take longer */
 
     /* One token: x [cols] (times col_scale [cols] if not NULL) to values [cols], scales [blocks]. */
     void (*quantize)(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
                      float *scales);
+
+    size_t (*row_step)(size_t cols); /* decoding takes rows by so many */
 
     /* What decoding reads instead of the planes, where not NULL: so many bytes (64-byte aligned), begun once, then filled
      * by steps of rows. */
@@ -122,12 +129,14 @@ struct billm_isa {
 };
 
 extern const struct billm_isa billm_portable;
+size_t billm_sixteen_rows(size_t cols); /* a `row_step` */
 #if defined(__x86_64__) || defined(BILLM_SIMDE)
-extern const struct billm_isa billm_avx2, billm_avxvnni, billm_avx512, billm_amx;
+extern const struct billm_isa billm_avx2, billm_avxvnni, billm_avx512, billm_avx512vbmi, billm_amx;
 /* What AVX-512 takes over from AVX2, done once per many tokens, and what AVX-VNNI does. */
 enum { BILLM_AVX2_TILE_ROWS = 16, BILLM_AVX2_TOKEN_STEP = 4 };
-/* lookup.c: decoding with AVX2, `*weight->arranged` being there */
+/* lookup.c: decoding with AVX2, `weight->arranged` being there */
 enum { BILLM_LOOKUP_ROWS = 32, BILLM_LOOKUP_TOKENS = 8 };
+size_t billm_lookup_step(size_t cols);
 size_t billm_lookup_bytes(const struct billm_weight *weight);
 void billm_lookup_begin(const struct billm_weight *weight, void *arranged);
 void billm_lookup_arrange(const struct billm_weight *weight, size_t tile, void *arranged);
@@ -151,17 +160,19 @@ void billm_avx2_int4_tile(const struct billm_weight *w, size_t row, size_t rows,
 void billm_avx2_pack(const int16_t *x, size_t cols, void *panel, size_t stride, size_t token);
 #endif
 #if defined(__x86_64__) || defined(BILLM_SIMDE)
-/* What AMX takes over from AVX-512: all but prompts. */
+/* What AMX takes over from AVX-512 with VBMI: all but prompts. */
 void billm_avx512_quantize(const float *x, const float *col_scale, size_t cols, size_t block, int bits, int16_t *values,
                            float *scales);
-size_t billm_avx512_prepared_bytes(const struct billm_weight *weight);
-void billm_avx512_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
-void billm_avx512_binary_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
-                              size_t row, size_t end, float *acc);
-/* avx512_narrow.c */
-size_t billm_avx512_narrow_bytes(const struct billm_weight *weight);
-void billm_avx512_prepare_narrow(const struct billm_weight *weight, const int16_t *x, void *prepared);
-void billm_avx512_narrow_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
+size_t billm_avx512vbmi_prepared_bytes(const struct billm_weight *weight);
+void billm_avx512vbmi_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
+/* avx512_lookup.c */
+size_t billm_avx512_lookup_step(size_t cols);
+size_t billm_avx512_lookup_bytes(const struct billm_weight *weight);
+void billm_avx512_lookup_begin(const struct billm_weight *weight, void *arranged);
+void billm_avx512_lookup_arrange(const struct billm_weight *weight, size_t tile, void *arranged);
+size_t billm_avx512_lookup_prepared_bytes(const struct billm_weight *weight);
+void billm_avx512_lookup_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
+void billm_avx512_lookup_gemv(const struct billm_weight *weight, const void *prepared, int bits, const float *x_scale,
                               size_t row, size_t end, float *acc);
 /* avx512_table.c */
 size_t billm_avx512_table_bytes(const struct billm_weight *weight);
@@ -179,9 +190,6 @@ extern const struct billm_isa billm_neon;
  * `products` multiplies tokens by one to three weights of the same cols and block, in one run of the pool. It returns -1
  * when memory runs out. All may be called from several threads; they take turns, except those whose caller holds the
  * pool's turn already. */
-/* Whether no level of the planes lies beyond -127 .. 127: then a byte holds it with its sign, which makes some products
- * quicker. */
-int billm_has_narrow_levels(const struct billm_weight *weight);
 size_t billm_supported(const char *names[BILLM_ISAS]);
 int billm_select(const char *name);
 const char *billm_selected(void);
@@ -193,8 +201,8 @@ void billm_quantize_in_turn(const float *x, const float *col_scale, size_t token
                             int16_t *values, float *scales);
 int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x);
 int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x);
-/* See to it that the weight lies as decoding reads it, for which it takes memory that `arranged` then points to and its
- * owner frees. -1 where there is none, or none allowed: then products are made as for prompts. */
+/* See to it that the weight lies as decoding reads it, for which it takes memory that `arranged` then holds and its owner
+ * frees. -1 where there is none, or none allowed: then products are made as for prompts. */
 int billm_arrange_in_turn(const struct billm_weight *weight);
 void billm_allow_copies(int allowed); /* from now on; at first they are */
 
@@ -236,11 +244,6 @@ static inline uint32_t billm_load32(const void *address) {
     return value;
 }
 
-/* Levels of seven bits, in blocks as wide as the slabs of the kernels that gain by it. */
-static inline int billm_is_narrow(const struct billm_weight *weight) {
-    return weight->sign && weight->narrow && weight->block >= 128;
-}
-
 static inline uint64_t billm_load64(const void *address) {
     uint64_t value;
     memcpy(&value, address, sizeof value);
@@ -249,7 +252,7 @@ static inline uint64_t billm_load64(const void *address) {
 
 /* The largest value of an activation. */
 static inline int32_t billm_top(int bits) {
-    return bits == 8 ? 127 : 127 * 256 + 127;
+    return bits == 8 ? 127 : 8191;
 }
 
 /* Quantize one token; every instruction set compiles its own copy. A union views a float's bits; loops are plain enough

@@ -90,6 +90,11 @@ static uint8_t *tiles_of(const struct billm_weight *w, void *arranged) {
     return order_of(w, arranged) + billm_round_up(w->blocks * w->block, 64);
 }
 
+size_t billm_lookup_step(size_t cols) {
+    (void)cols;
+    return TILE;
+}
+
 static size_t tiles_in(const struct billm_weight *w) {
     return (w->rows + TILE - 1) / TILE;
 }
@@ -312,8 +317,8 @@ BILLM_INLINE uint8_t *prepare_class(const int16_t *x, size_t columns, int32_t *c
 }
 
 void billm_lookup_prepare(const struct billm_weight *w, const int16_t *x, void *prepared) {
-    const struct arranged *arranged = *w->arranged;
-    const uint8_t *order = order_of(w, *w->arranged);
+    const struct arranged *arranged = w->arranged->memory;
+    const uint8_t *order = order_of(w, w->arranged->memory);
     struct constants *constants = prepared;
     uint8_t *tables = tables_of(w, prepared);
     for (size_t b = 0; b < w->blocks; b++, x += w->block, order += w->block) {
@@ -461,9 +466,9 @@ BILLM_INLINE void weigh(const struct digit_sums s[2], const struct digit_sums q[
 
 void billm_lookup_gemv(const struct billm_weight *w, const void *prepared, int bits, const float *x_scale, size_t row,
                        size_t end, float *acc) {
-    const struct arranged *arranged = *w->arranged;
+    const struct arranged *arranged = w->arranged->memory;
     const struct constants *constants = prepared;
-    const uint8_t *at = tiles_of(w, *w->arranged) + row / TILE * arranged->tile_bytes;
+    const uint8_t *at = tiles_of(w, w->arranged->memory) + row / TILE * arranged->tile_bytes;
     (void)bits;
     for (; row < end; row += TILE, acc += TILE) {
         const uint8_t *tables = tables_of(w, prepared);

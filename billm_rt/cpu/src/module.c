@@ -134,7 +134,7 @@ enum { SIGN, SECOND, SALIENT, SCALES, SCALE, BIAS, TENSORS };
 struct binary_linear {
     PyObject_HEAD struct billm_weight weight;
     struct billm_epilogue epilogue;
-    void *arranged; /* the weight's */
+    struct billm_arranged arranged; /* the weight's */
     Py_buffer views[TENSORS];
 };
 
@@ -154,7 +154,6 @@ static int take_weight(struct binary_linear *self, PyObject *const tensors[TENSO
     w->second = views[SECOND].buf;
     w->salient = views[SALIENT].buf;
     w->scales = views[SCALES].buf;
-    w->narrow = billm_has_narrow_levels(w);
     self->epilogue = (struct billm_epilogue){views[SCALE].buf, views[SCALE].itemsize == 2, views[BIAS].buf};
     return 0;
 }
@@ -188,7 +187,7 @@ static void binary_linear_dealloc(PyObject *object) {
     struct binary_linear *self = (struct binary_linear *)object;
     PyTypeObject *type = Py_TYPE(object);
     billm_release(self->views, TENSORS);
-    free(self->arranged);
+    free(self->arranged.memory);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF((PyObject *)type);
 }

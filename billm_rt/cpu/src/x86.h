@@ -31,7 +31,32 @@ static inline simde__m512i billm_cvtepi8_epi32(__m128i bytes) {
         to[i] = from[i];
     return simde_mm512_loadu_si512(to);
 }
+static inline simde__m512i billm_maskz_loadu_epi16(simde__mmask32 mask, const void *from) {
+    int16_t words[32] = {0};
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1)
+            words[i] = ((const int16_t *)from)[i];
+    return simde_mm512_loadu_si512(words);
+}
+static inline simde__m512i billm_maskz_compress_epi16(simde__mmask32 mask, simde__m512i value) {
+    int16_t from[32], to[32] = {0};
+    memcpy(from, &value, sizeof from);
+    for (int i = 0, count = 0; i < 32; i++)
+        if (mask >> i & 1)
+            to[count++] = from[i];
+    return simde_mm512_loadu_si512(to);
+}
+static inline int billm_reduce_add_epi32(simde__m512i value) {
+    int32_t from[16], sum = 0;
+    memcpy(from, &value, sizeof from);
+    for (int i = 0; i < 16; i++)
+        sum += from[i];
+    return sum;
+}
 /* Missing in SIMDe 0.7. */
+#define _mm512_maskz_loadu_epi16 billm_maskz_loadu_epi16
+#define _mm512_maskz_compress_epi16 billm_maskz_compress_epi16
+#define _mm512_reduce_add_epi32 billm_reduce_add_epi32
 #define _mm512_cvtepi8_epi32 billm_cvtepi8_epi32
 #define _mm512_cvtepi32_ps billm_cvtepi32_ps
 #define _mm512_maskz_loadu_epi8 billm_maskz_loadu_epi8
@@ -46,6 +71,20 @@ static inline __m256i billm_dpwssd(__m256i sum, __m256i a, __m256i b) {
 #define _mm256_dpbusd_avx_epi32 billm_dpbusd
 #define _mm256_dpwssd_avx_epi32 billm_dpwssd
 #endif
+static inline uint64_t billm_pext(uint64_t bits, uint64_t mask) {
+    uint64_t value = 0;
+    for (int to = 0; mask; mask &= mask - 1)
+        value |= (bits >> __builtin_ctzll(mask) & 1) << to++;
+    return value;
+}
+static inline uint64_t billm_pdep(uint64_t bits, uint64_t mask) {
+    uint64_t value = 0;
+    for (; mask; mask &= mask - 1, bits >>= 1)
+        value |= bits & 1 ? mask & -mask : 0;
+    return value;
+}
+#define _pext_u64 billm_pext
+#define _pdep_u64 billm_pdep
 #else
 #include <immintrin.h>
 #endif
@@ -97,6 +136,11 @@ static inline __m512i billm_magnitudes512(__m512i scales) {
     __m512i residual = _mm512_and_si512(scales, _mm512_set1_epi32((int)0xff000000u));
     __m512i sum = _mm512_adds_epu8(_mm512_shuffle_epi8(scales, repeat_o), residual);
     return _mm512_subs_epu8(sum, _mm512_srli_epi32(residual, 8));
+}
+
+/* acc = acc + scale * sum, two roundings. */
+static inline __m512 billm_step512(__m512 acc, float scale, __m512i sum) {
+    return _mm512_add_ps(acc, _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(sum)));
 }
 #endif
 
