@@ -4,9 +4,9 @@
 /* ---- 8 bits ----
  *
  * vpdpbusd wants one side without signs: a value raised by 128 is one, and what that adds, the sum of the activations, is
- * the same for every row. Activations are two digits, 256 high + low. Eight rows, one after the other, so that the memory
- * sees one stream. */
-enum { INT8_ROWS = 8, INT8_BLOCKS = 16, INT8_AHEAD = 4096 };
+ * the same for every row. Activations are two digits, 256 high + low. Eight rows, one after the other: the memory sees one
+ * stream, which it needs nobody to fetch ahead. */
+enum { INT8_ROWS = 8, INT8_BLOCKS = 16 };
 
 /* A prepared token: bytes of all columns and zeros, in whole vectors, of low digits, then of high ones; then this for each
  * block. */
@@ -88,8 +88,6 @@ BILLM_INLINE void int8_gemv(const struct billm_weight *w, const int8_t *x, const
             __m512i sums[INT8_BLOCKS][INT8_ROWS];
             for (size_t r = 0; r < INT8_ROWS; r++) {
                 const int8_t *values = w->values + (row + billm_min(r, rows - 1)) * w->stride;
-                for (size_t j = col; j < billm_min(col + INT8_BLOCKS * w->block, w->cols); j += 64)
-                    _mm_prefetch((const char *)values + INT8_AHEAD + j, _MM_HINT_T0);
                 int8_row(w, values, x, col, blocks, bits, &sums[0][r]);
             }
             for (size_t b = 0; b < blocks; b++) {
@@ -215,23 +213,25 @@ BILLM_INLINE __m512 step_block(__m512 total, float scale, __m512i sum, int32_t o
     return _mm512_add_ps(total, _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(sum)));
 }
 
-/* Sixteen rows, whose steps of one block lie step_stride bytes before those of the next. The rows that follow are what
- * comes next: they are fetched on the way. */
+/* Sixteen rows, whose steps of one block lie step_stride bytes before those of the next. On the way the sixteen rows after
+ * the next ones are fetched, which is quickest to the second cache. */
 BILLM_INLINE void sixteen_rows(const uint8_t *from, size_t stride, const int8_t *steps, size_t step_stride,
                                size_t blocks, const struct slab *x, const int bits, const float *x_scale, float *acc) {
-    const uint8_t *next = from + INT4_ROWS * stride;
+    const uint8_t *ahead = from + 2 * INT4_ROWS * stride, *const ahead_end = ahead + INT4_ROWS * stride;
     __m512 total = _mm512_setzero_ps();
     __m512i sums[SLAB_UNITS];
     size_t block = 0;
     for (; block + SLAB_UNITS <= blocks; block += SLAB_UNITS, from += SLAB_BYTES, x++) {
         wide_sums(from, stride, 1, x, bits, sums);
 #pragma GCC unroll 16
-        for (size_t line = 0; line < INT4_ROWS; line++, next += 64)
-            _mm_prefetch((const char *)next, _MM_HINT_T0);
+        for (size_t line = 0; line < INT4_ROWS; line++, ahead += 64)
+            _mm_prefetch((const char *)ahead, _MM_HINT_T1);
 #pragma GCC unroll 4
         for (size_t u = 0; u < SLAB_UNITS; u++, steps += step_stride)
             total = step_block(total, x_scale[block + u], sums[u], x->offset[u], steps);
     }
+    for (; ahead < ahead_end; ahead += 64)
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
     if (blocks - block == 3)
         wide_sums(from, stride, 0, x, bits, sums);
     else if (block < blocks)
