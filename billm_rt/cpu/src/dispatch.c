@@ -21,6 +21,7 @@ enum {
     WEIGHTS_PER_TASK = 1 << 15, /* about a microsecond of work: handing out less costs more than it gains */
     TOKENS_PER_TASK = 16,       /* packed by one task */
     FEW_TOKENS_WEIGHTS = 1 << 18, /* what one of few tokens has read is read by the others while it is still near */
+    FINISH_AHEAD = 16,           /* tokens */
     MAX_ROWS = 256,             /* rows whose sums wait together for their epilogue */
     TASKS_PER_THREAD = 4        /* most of them in decoding: each costs a turn of a cache line between the threads */
 };
@@ -244,11 +245,14 @@ static void finish(const struct billm_product *product, size_t row, size_t rows,
     row_scales(e, row, rows, scale);
     if (e->bias)
         memcpy(bias, e->bias + 4 * row, rows * sizeof *bias);
-    for (size_t t = 0; t < tokens; t++, out += product->out_stride, acc += stride)
+    for (size_t t = 0; t < tokens; t++, out += product->out_stride, acc += stride) {
+        for (size_t r = 0; r < rows && t + FINISH_AHEAD < tokens; r += 16) /* no stream that a processor would foresee */
+            __builtin_prefetch(out + FINISH_AHEAD * product->out_stride + row + r, 1);
         for (size_t r = 0; r < rows; r++) {
             float value = e->bias ? acc[r] * scale[r] + bias[r] : acc[r] * scale[r];
             out[row + r] = product->accumulate ? out[row + r] + value : value;
         }
+    }
 }
 
 void billm_decode_rows(const struct billm_isa *isa, const struct billm_product *product, const void *prepared, int bits,
