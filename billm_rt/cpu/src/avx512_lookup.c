@@ -58,6 +58,8 @@ static struct units units_of(const struct billm_weight *w, size_t block, size_t 
 
 static uint64_t load_bits(const uint8_t *plane, size_t first, size_t count) {
     uint64_t word = 0;
+    if (count == 64)
+        return billm_load64(plane + first / 8);
     memcpy(&word, plane + first / 8, (count + 7) / 8);
     return word & ~(uint64_t)0 >> (64 - count);
 }

@@ -166,6 +166,7 @@ void billm_avx512_quantize(const float *x, const float *col_scale, size_t cols, 
 size_t billm_avx512vbmi_prepared_bytes(const struct billm_weight *weight);
 void billm_avx512vbmi_prepare(const struct billm_weight *weight, const int16_t *x, void *prepared);
 /* avx512_lookup.c */
+enum { BILLM_AVX512_LOOKUP_TOKENS = 24 };
 size_t billm_avx512_lookup_step(size_t cols);
 size_t billm_avx512_lookup_bytes(const struct billm_weight *weight);
 void billm_avx512_lookup_begin(const struct billm_weight *weight, void *arranged);
