@@ -1,4 +1,4 @@
-/* AVX2, decoding: products with the planes by looking sums up, four columns at a time.
+/* AVX2, and AVX-512 without VBMI, decoding: products with the planes by looking sums up, four columns at a time.
  *
  * The four bits that a row has in four columns number one of sixteen sums of their activations, and a byte shuffle looks
  * the same four columns up for 32 rows at once. So a plane costs an instruction where multiplying costs several, but it
@@ -8,8 +8,8 @@
  *
  *     (m0 + m1) U_s + (m1 - m0) U_q - m1 X        (salient: m2, m3)
  *
- * A sum of four activations takes 18 bits, raised by RAISE so that it is not negative: three digits of six bits, each in a
- * table of bytes. Four digits add up in a byte, then the bytes of even and of odd places do in words. What raising the sums
+ * A sum of four activations, raised by RAISE so that it is not negative, has 16 bits: three digits of six, each in a table
+ * of bytes. Four digits add up in a byte, then the bytes of even and of odd places do in words. What raising the sums
  * adds is (m0 + m1 + m1 - m0) RAISE = 2 m1 RAISE for four columns, which goes off with m1 X. */
 #include "x86.h"
 
@@ -19,7 +19,7 @@ enum {
     DIGITS = 3,
     DIGIT_BITS = 6,
     TABLE = 16,
-    RAISE = 1 << 17, /* four activations are more than its negative */
+    RAISE = 1 << 15, /* four activations are more than its negative */
     AHEAD = 2048,    /* bytes: what is fetched that far behind the vector that is read */
     MAX_BYTES = BILLM_MAX_BLOCK / 8 + 1 /* of a row in a block: each class fills up its last group */
 };
