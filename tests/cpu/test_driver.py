@@ -55,6 +55,12 @@ def need_simde() -> None:
         pytest.skip("needs a processor with AVX2")
 
 
+def need_vbmi() -> None:
+    need("gcc")
+    if "avx512_vbmi2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs a processor with AVX-512 VBMI")
+
+
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine's own tests run the NEON kernels")
 def test_neon_under_an_emulator(tmp_path: Path, seed: int) -> None:
     need("aarch64-linux-gnu-gcc", "qemu-aarch64")
@@ -101,10 +107,18 @@ def test_amx_at_the_edge_of_memory(tmp_path: Path, seed: int) -> None:
 @on_x86
 def test_avx512_at_the_edge_of_memory(tmp_path: Path, seed: int) -> None:
     """The processor's own instructions."""
-    need("gcc")
-    if "avx512_vbmi2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("needs a processor with AVX-512 VBMI")
+    need_vbmi()
     run(build("gcc", tmp_path / "driver", "driver.c", X86, *AVX512), seed, 2000, "avx512-vbmi", "avx512-vnni")
+
+
+@pytest.mark.slow
+@on_x86
+def test_avx512_with_sanitizers(tmp_path: Path, seed: int) -> None:
+    """The processor's own instructions."""
+    need_vbmi()
+    for sanitize in ("address,undefined", "thread"):
+        flags = (*AVX512, "-g", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all")
+        run(build("gcc", tmp_path / sanitize, "driver.c", X86, *flags), seed, 400, "avx512-vbmi", "avx512-vnni", "avx2")
 
 
 @pytest.mark.slow

@@ -116,9 +116,9 @@ void billm_avx512_lookup_begin(const struct billm_weight *w, void *memory) {
 
 /* ---- arranging a tile ---- */
 
-/* A row's bits of a block, plain columns first. */
+/* A row's bits of a block, plain columns first; behind them two words that take nothing. */
 struct row_bits {
-    uint64_t words[BILLM_MAX_BLOCK / 64 + 1];
+    uint64_t words[BILLM_MAX_BLOCK / 64 + 2];
 };
 
 static inline void put_bits(struct row_bits *to, size_t at, uint64_t bits) {
