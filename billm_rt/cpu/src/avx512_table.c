@@ -8,19 +8,15 @@
  * stream, which it needs nobody to fetch ahead. */
 enum { INT8_ROWS = 8, INT8_BLOCKS = 16 };
 
-/* A prepared token: bytes of all columns and zeros, in whole vectors, of low digits, then of high ones; then this for each
- * block. */
-struct raised {
-    int32_t sum; /* of the activations, times 128 */
-};
-
+/* A prepared token: bytes of all columns and zeros, in whole vectors, of low digits, then of high ones; then an int32 for
+ * each block, 128 times the sum of its activations. */
 static size_t digit_bytes(const struct billm_weight *w) {
     return billm_round_up(w->cols, 64);
 }
 
 static void prepare_int8(const struct billm_weight *w, const int16_t *x, int8_t *low) {
     int8_t *high = low + digit_bytes(w);
-    struct raised *raised = (void *)(high + digit_bytes(w));
+    int32_t *raised = (void *)(high + digit_bytes(w));
     memset(low, 0, 2 * digit_bytes(w));
     for (size_t block = 0, col = 0; block < w->blocks; block++) {
         const size_t stop = billm_min(col + w->block, w->cols);
@@ -30,7 +26,7 @@ static void prepare_int8(const struct billm_weight *w, const int16_t *x, int8_t 
             high[col] = (int8_t)((x[col] + 128) >> 8);
             sum += x[col];
         }
-        raised[block].sum = 128 * sum;
+        raised[block] = 128 * sum;
     }
 }
 
@@ -79,7 +75,7 @@ BILLM_INLINE void int8_row(const struct billm_weight *w, const int8_t *values, c
 
 BILLM_INLINE void int8_gemv(const struct billm_weight *w, const int8_t *x, const int bits, const float *x_scale,
                             size_t row, size_t end, float *acc) {
-    const struct raised *raised = (const void *)(x + 2 * digit_bytes(w));
+    const int32_t *raised = (const void *)(x + 2 * digit_bytes(w));
     for (size_t rows; row < end; row += rows) {
         __m256 total = _mm256_setzero_ps();
         rows = billm_min(INT8_ROWS, end - row);
@@ -91,7 +87,7 @@ BILLM_INLINE void int8_gemv(const struct billm_weight *w, const int8_t *x, const
                 int8_row(w, values, x, col, blocks, bits, &sums[0][r]);
             }
             for (size_t b = 0; b < blocks; b++) {
-                const __m256i sum = _mm256_sub_epi32(sum_lanes(sums[b]), _mm256_set1_epi32(raised[block + b].sum));
+                const __m256i sum = _mm256_sub_epi32(sum_lanes(sums[b]), _mm256_set1_epi32(raised[block + b]));
                 total = billm_step(total, x_scale[block + b], sum);
             }
         }
@@ -287,7 +283,7 @@ void billm_avx512_int4_gemv(const struct billm_weight *w, const void *prepared, 
 size_t billm_avx512_table_bytes(const struct billm_weight *w) {
     if (w->nibbles)
         return (w->blocks + SLAB_UNITS - 1) / SLAB_UNITS * sizeof(struct slab);
-    return 2 * digit_bytes(w) + w->blocks * sizeof(struct raised);
+    return 2 * digit_bytes(w) + w->blocks * sizeof(int32_t);
 }
 
 void billm_avx512_prepare_table(const struct billm_weight *w, const int16_t *x, void *prepared) {

@@ -6,8 +6,8 @@
  *   acc           = 0; for b = 0, 1, ...: acc = acc + x_scale[t, b] * (float)isum     float32, two roundings a step
  *   out[t, r]     = acc * row_scale[r] (+ bias[r])
  *
- * |isum| <= 256 * 255 * 8191 < 2^31, and 32 * 1024 * 8191 at 4 bits; its conversion to float32 rounds to nearest, halves to even. No fused multiply-add
- * and one fixed order: results do not depend on the instruction set, the number of threads, or how many tokens are
+ * |isum| <= 256 * 255 * 8191 < 2^31, and 32 * 1024 * 8191 at 4 bits; its conversion to float32 rounds to nearest, halves
+ * to even. No fused multiply-add and one fixed order: results do not depend on the instruction set, the number of threads, or how many tokens are
  * computed together.
  *
  * Activations are int16, of 8 bits (|x| <= 127) or of 16, of which they use 14 (|x| <= 8191): so four of them add up in 16
