@@ -190,14 +190,17 @@ BILLM_INLINE void fill_tables(__m256i columns, uint8_t *to) {
                                            0x40404040, 0x40404040, 0x20202020, 0x20202020, 0x20202020, 0x20202020, 0, 0,
                                            0, 0);
     const __m512i low = _mm512_add_epi8(bytes, lanes), high = _mm512_add_epi8(low, _mm512_set1_epi8(1));
-    __m512i sums[2] = {_mm512_set1_epi16((short)RAISE), _mm512_set1_epi16((short)RAISE)};
+    __m512i sums[2];
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++) {
+        __m512i sum = _mm512_setzero_si512();
 #pragma GCC unroll 4
         for (int j = 0; j < GROUP; j++) {
             const __m512i column = _mm512_add_epi16(group, _mm512_set1_epi16((short)(2 * GROUP * half + j)));
-            sums[half] = _mm512_mask_add_epi16(sums[half], has[j], sums[half], _mm512_permutexvar_epi16(column, x));
+            sum = _mm512_mask_add_epi16(sum, has[j], sum, _mm512_permutexvar_epi16(column, x));
         }
+        sums[half] = _mm512_xor_si512(sum, _mm512_set1_epi16((short)RAISE)); /* added: it is the sign's bit */
+    }
     _mm512_store_si512(to, _mm512_permutex2var_epi8(sums[0], low, sums[1]));
     _mm512_store_si512(to + TABLES / 2, _mm512_permutex2var_epi8(sums[0], high, sums[1]));
 }
