@@ -13,8 +13,6 @@ from billm_convert.settings import MAX_LEVEL
 from billm_format.errors import UsageError
 from billm_format.layout import ALPHA_C, ALPHA_O, ALPHA_R, ALPHA_S
 
-MAX_CODE = MAX_LEVEL["paper"]
-
 # What is left free above a row's largest scale before rounding: 15 steps of 255, for what rounding itself changes later
 # in the row. Measured on a real model, it spares nearly all rows the clamp and costs nothing.
 _ROOM = 15 / 255
@@ -48,12 +46,12 @@ def is_positive(weight: Tensor) -> Tensor:
     return torch.ge(weight, 0, out=torch.empty_like(weight))
 
 
-def row_step(largest: Tensor, max_level: int) -> Tensor:
-    """Return each row's float16 step [rows]: the least one in which `largest` [rows] leaves room below `max_level`.
+def row_step(largest: Tensor) -> Tensor:
+    """Return each row's float16 step [rows]: the least one in which `largest` [rows] leaves room below MAX_LEVEL.
 
-    That is 240 steps of 255, 120 of 127. A row of zeros gets 0. UsageError where float16 is too small for the step.
+    That is 240 steps. A row of zeros gets 0. UsageError where float16 is too small for the step.
     """
-    wanted = (largest / round((1 - _ROOM) * max_level)).float()
+    wanted = (largest / round((1 - _ROOM) * MAX_LEVEL)).float()
     step = wanted.half()
     # A positive float16's successor is the next integer of its bits, subnormals included.
     step = torch.where(step.float() < wanted, (step.view(torch.int16) + 1).view(torch.float16), step)
@@ -82,7 +80,7 @@ def binarize_block(block: Tensor, salient: Tensor, sparse: Tensor, step: Tensor 
     residual_positive = is_positive(residual)
     alpha_r = _stored(binary_scale(residual.abs(), salient), step)
     if step is not None:
-        alpha_r = torch.minimum(alpha_r, MAX_CODE - alpha_o)  # the format saturates the sum there
+        alpha_r = torch.minimum(alpha_r, MAX_LEVEL - alpha_o)  # the format saturates the sum there
     level = sign * (concentrated * alpha_c[:, None] + sparse * alpha_s[:, None] + salient * alpha_o[:, None])
     level += (2 * residual_positive - 1) * salient * alpha_r[:, None]
     # alpha_r > alpha_o happens in rows with one huge weight; the format wants the larger plane first.
@@ -100,7 +98,7 @@ def _stored(alpha: Tensor, step: Tensor | None) -> Tensor:
     if step is None:
         return alpha
     # Where the step is 0 the row was all zero when steps were chosen, and so is alpha: any divisor will do.
-    return torch.round(alpha / torch.where(step > 0, step, 1.0).to(alpha)).clamp(max=MAX_CODE)
+    return torch.round(alpha / torch.where(step > 0, step, 1.0).to(alpha)).clamp(max=MAX_LEVEL)
 
 
 def _weight(level: Tensor, step: Tensor | None) -> Tensor:

@@ -251,7 +251,7 @@ class Conversion:
             **({} if settings.target_bits is None else {"target_bits": settings.target_bits}),
             "max_salient": settings.max_salient,
             "damp": settings.dampening,
-            "max_level": MAX_LEVEL[settings.recipe],
+            "max_level": MAX_LEVEL,
             "calib": ",".join(Path(text.choice).name for text in self.texts),
             "nsamples": self.nsamples,
             "seqlen": self.seqlen,

@@ -26,8 +26,6 @@ from billm_convert.solved import (
 from billm_format.errors import UsageError
 from billm_format.packing import PackedLinear, pack_bits
 
-_MAX_LEVEL = MAX_LEVEL["refined"]
-
 _SPLIT_STEPS = 6  # of Lloyd's algorithm: more do not change the output error
 
 # Added to each scale's own curvature, relatively: two groups with the same columns' signs stay solvable.
@@ -137,7 +135,7 @@ def _solve(
     target = (weight / scale).T.contiguous()
     upper = (factor.upper / col_scale.double()).to(weight)
     blocks = list(_first_pass(target, upper, settings))
-    step = row_step(torch.stack([_largest(block.scales) for block in blocks]).amax(0), _MAX_LEVEL)
+    step = row_step(torch.stack([_largest(block.scales) for block in blocks]).amax(0))
     # From here on in whole steps. Where the step is 0 so is the row: any divisor will do.
     unit = torch.where(step > 0, step, 1.0).to(weight)
     target /= unit
@@ -290,11 +288,11 @@ def _fit(block: _Block, metric: Tensor, wanted: Tensor, *, whole: bool = False) 
     fitted = torch.zeros_like(rest)
     for k in (3, 2, 1, 0):
         value = (rest[:, k] - (lower[:, k + 1 :, k] * fitted[:, k + 1 :]).sum(1)) / lower[:, k, k]
-        fitted[:, k] = value.round().clamp(0, _MAX_LEVEL) if whole else value.clamp(min=0)
+        fitted[:, k] = value.round().clamp(0, MAX_LEVEL) if whole else value.clamp(min=0)
     concentrated, sparse, outer, residual = fitted.T
     residual = torch.minimum(residual, outer)  # what the format wants
     if whole:
-        residual = torch.minimum(residual, _MAX_LEVEL - outer)
+        residual = torch.minimum(residual, MAX_LEVEL - outer)
     scales = torch.stack((concentrated, sparse, outer, residual))
     # Where the format's bounds were in the way, the old scales can be the better ones.
     old = block.scales.round() if whole else block.scales

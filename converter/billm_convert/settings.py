@@ -15,9 +15,7 @@ RECIPES = ("paper", "refined", TUNED)
 COL_SCALED = ("refined", TUNED)  # recipes whose Linears have a scale per column
 FOLLOWED = ("refined", TUNED)  # recipes calibrated on two streams, Linear by Linear
 DAMP = {"paper": 0.01, "refined": 0.05, TUNED: 0.05}
-# The largest level of a weight, in steps of its row: all that the format has room for, or what fits seven bits, for
-# which the runtime had quicker products when the recipes were measured. It has none now: 255 is worth trying again.
-MAX_LEVEL = {"paper": 255, "refined": 127, TUNED: 127}
+MAX_LEVEL = 255  # the largest level of a weight, in steps of its row: all that the format has room for
 # What can be left out of the paper's recipe (its Fig. 8, and the compensation).
 ABLATIONS = ("salient-only", "splitting-only", "no-compensation")
 FEWEST_SALIENT = 3  # columns of a block, as in the paper, unless even that is more than the most

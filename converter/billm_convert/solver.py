@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from billm_convert.binarize import MAX_CODE, BlockCodes, binarize_block, row_step
+from billm_convert.binarize import BlockCodes, binarize_block, row_step
 from billm_convert.hessian import factor_inverse
 from billm_convert.salient import salience, select_columns
 from billm_convert.solved import Searches, SolvedLinear, SolverSettings, check_problem, relative_errors
@@ -41,7 +41,7 @@ def solve_linear(weight: Tensor, hessian: Tensor, settings: PaperSettings | None
     largest = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
     for codes in _solve_blocks(weight, upper, settings, None):
         largest = torch.maximum(largest, _largest_scale(codes.scales))
-    step = row_step(largest, MAX_CODE)
+    step = row_step(largest)
     searches = Searches() if settings.keep_searches else None
     codes = _join(list(_solve_blocks(weight, upper, settings, step, searches)))
     error, weight_error = relative_errors(weight, weight - codes.weight, hessian)

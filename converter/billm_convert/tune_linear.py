@@ -7,7 +7,7 @@ rounded, storable weight; gradients pass straight through every rounding.
 Products are made with `TunedLinear.weight`, which is made of all this once a step; its gradient is handed down to them
 once a step as well (`collect`), however many windows of text have added to it.
 
-Latents and scales are in the file's own unit, the row's float16 step: levels are whole numbers from -127 to 127.
+Latents and scales are in the file's own unit, the row's float16 step: levels are whole numbers from -255 to 255.
 
 In either class a weight is `sign * (mid - half)` or `sign * (mid + half)`: for a salient column mid and half are
 alpha_o and alpha_r themselves, for the others alpha_c and alpha_s are mid -+ half. So one rule serves both classes: a
@@ -23,11 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from billm_convert.settings import MAX_LEVEL, TUNED
+from billm_convert.settings import MAX_LEVEL
 from billm_format.layout import ALPHA_C, ALPHA_O, ALPHA_R, ALPHA_S
 from billm_format.packing import PackedLinear, pack_bits, unpack_bits
-
-_MAX_LEVEL = MAX_LEVEL[TUNED]
 
 # How far a latent starts from the border between two levels, at least, in steps: ties must not change a code.
 CLEAR = 0.25
@@ -158,8 +156,8 @@ class TunedLinear:
     @torch.no_grad()
     def project(self) -> None:
         """Bring scales that a step has carried out of their range back into it, and make the weight anew."""
-        self.mid.clamp_(0, _MAX_LEVEL)
-        self.half.copy_(self.half.clamp(min=0).minimum(self.mid).minimum(_MAX_LEVEL - self.mid))
+        self.mid.clamp_(0, MAX_LEVEL)
+        self.half.copy_(self.half.clamp(min=0).minimum(self.mid).minimum(MAX_LEVEL - self.mid))
         self.refresh()
 
     @torch.no_grad()

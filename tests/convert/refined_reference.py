@@ -101,10 +101,10 @@ class Refined:
             new[k] = max(0.0, float(free[k]))
             if whole:
                 self.margin = min(self.margin, abs(free[k] - math.floor(free[k]) - 0.5) / max(abs(free[k]), 1.0))
-                new[k] = min(127, max(0, round(float(free[k]))))
+                new[k] = min(255, max(0, round(float(free[k]))))
         new[3] = min(new[3], new[2])
         if whole:
-            new[3] = min(new[3], 127 - new[2])
+            new[3] = min(new[3], 255 - new[2])
         after, before = (float(x @ N @ x - 2 * x @ b) for x in (new, old))
         if not np.array_equal(new, old):
             self.margin = min(self.margin, abs(after - before) / max(abs(after), abs(before), 1e-300))
@@ -165,17 +165,17 @@ class Refined:
     # --- sweeps
 
     def units(self) -> NDArray[np.float16]:
-        """Each row's unit: the least float16 in which its largest magnitude is at most 120 (of 127)."""
+        """Each row's unit: the least float16 in which its largest magnitude is at most 240 (of 255)."""
         result = np.zeros(self.n, dtype=np.float16)
         for i in range(self.n):
             largest = max(max(c, s, o + r) for c, s, o, r in self.alpha[i])
-            unit = np.float16(largest / 120)
-            while float(unit) < np.float32(largest / 120):
+            unit = np.float16(largest / 240)
+            while float(unit) < np.float32(largest / 240):
                 unit = np.nextafter(unit, np.float16(np.inf))
             result[i] = unit
             if largest > 0:
                 near = (unit, np.nextafter(unit, np.float16(0)))
-                self.margin = min([self.margin, *(abs(float(value) * 120 / largest - 1) for value in near)])
+                self.margin = min([self.margin, *(abs(float(value) * 240 / largest - 1) for value in near)])
         return result
 
     def sweep(self) -> None:
