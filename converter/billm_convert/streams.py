@@ -134,13 +134,12 @@ class FollowedStream(Stream):
             hidden, wanted = map(self._on_device, pair)
             with quick_products(self._quick):
                 x, meant = block.read_by(group, hidden), original.read_by(group, wanted)
-            hessian.add(x.flatten(0, 1))
-            drift.add((meant - x).flatten(0, 1), x.flatten(0, 1))
-            if hidden_drift is not None:
-                # Without the first token: in many models its hidden state is a thousand times the others' size, and
-                # would be all that is seen. Norms hide that from what Linears read.
-                hidden_drift.add((wanted - hidden)[:, 1:].flatten(0, 1), x[:, 1:].flatten(0, 1))
-                with quick_products(self._quick):
+                hessian.add(x.flatten(0, 1))
+                drift.add((meant - x).flatten(0, 1), x.flatten(0, 1))
+                if hidden_drift is not None:
+                    # Without the first token: in many models its hidden state is a thousand times the others' size, and
+                    # would be all that is seen. Norms hide that from what Linears read.
+                    hidden_drift.add((wanted - hidden)[:, 1:].flatten(0, 1), x[:, 1:].flatten(0, 1))
                     pair[1].copy_(original.written_by(group, wanted, meant), non_blocking=True)
             if keep:
                 self._kept.append(x)
