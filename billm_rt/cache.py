@@ -40,6 +40,8 @@ class KVCache:
         self._layers = [
             _Layer(self.num_heads, config.head_dim, ctx, self.dtype) for _ in range(config.num_hidden_layers)
         ]
+        self._room = 0  # tokens that every layer has room for
+        self._arrays: tuple[tuple[NDArray[np.generic], Float32], ...] = ()  # every layer's, with that much room
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -64,6 +66,7 @@ class KVCache:
 
     def write(self, layer: int, keys: Float32, values: Float32) -> None:
         """Put float32 [tokens, heads, head_dim] of `layer` behind the tokens held; `commit` makes them count."""
+        self.room_for(len(keys))
         self._layers[layer].write(len(self), keys, values)
 
     def commit(self, token_ids: Sequence[int]) -> None:
@@ -89,7 +92,12 @@ class KVCache:
         data: int16 or int8 [2, heads, capacity, width], keys (grouped by sixteen tokens) and values; scale float32
         [2, heads, capacity]. `commit` makes what was written count.
         """
-        return tuple(layer.room_for(len(self), len(self) + count) for layer in self._layers)
+        used = len(self)
+        if used + count > self._room:
+            self._arrays, self._room = (), 0  # so that a layer's old array goes when it has a new one
+            self._arrays = tuple(layer.room_for(used, used + count) for layer in self._layers)
+            self._room = min(layer.capacity for layer in self._layers)
+        return self._arrays
 
 
 class CacheBatch:
@@ -120,13 +128,16 @@ class _Layer:
     def nbytes(self) -> int:
         return self._data.nbytes + self._scale.nbytes
 
+    @property
+    def capacity(self) -> int:
+        return int(self._data.shape[2])
+
     def room_for(self, used: int, needed: int) -> tuple[NDArray[np.generic], Float32]:
         self._grow(used, needed)
         return self._data, self._scale
 
     def write(self, start: int, keys: Float32, values: Float32) -> None:
         stop = start + keys.shape[0]
-        self._grow(start, stop)
         if not self._scaled:
             self._data[0, :, start:stop] = keys.transpose(1, 0, 2)
             self._data[1, :, start:stop] = values.transpose(1, 0, 2)

@@ -68,8 +68,9 @@ class NativeLayers:
         tokens, caches = x.shape[0], texts.caches
         cos, sin = (None, None) if rotary is None else (part.reshape(tokens, -1) for part in rotary)
         starts = tuple(map(len, caches))
+        rooms = [cache.room_for(tokens // len(caches)) for cache in caches]
         # Layer by layer, and of each layer every text's.
-        held = tuple(itertools.chain(*zip(*(cache.room_for(tokens // len(caches)) for cache in caches), strict=True)))
+        held = rooms[0] if len(rooms) == 1 else tuple(itertools.chain(*zip(*rooms, strict=True)))
         # A long text goes layer by layer, so that Ctrl-C is heard in between; a token of each in one call.
         step = self._count if tokens == len(caches) else 1
         for first in range(0, self._count, step):
