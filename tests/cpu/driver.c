@@ -211,8 +211,8 @@ int main(int argc, char **argv) {
         billm_pool_set_threads(1 + (int)below(3));
         for (int i = 3; i < argc && !bad; i++)
             bad = differs(argv[i], &p) || quantize_differs(argv[i], &p);
-        free(p.arranged[0].memory);
-        free(p.arranged[1].memory);
+        billm_give_memory_back(&p.arranged[0]);
+        billm_give_memory_back(&p.arranged[1]);
         for (int i = 0; i < BLOCKS; i++)
             munmap(p.memory[i].map, p.memory[i].map_size);
     }

@@ -15,10 +15,10 @@ TESTS = Path(__file__).parent
 SOURCES = TESTS.parents[1] / "billm_rt" / "cpu" / "src"
 FLAGS = ("-std=gnu11", "-ffp-contract=off", "-pthread", "-Wno-psabi", f"-I{SOURCES}")
 X86 = (
-    *("dispatch", "arrange", "pool", "portable", "avx2", "lookup", "avx512", "avx512_lookup", "avx512_table"),
+    *("dispatch", "arrange", "memory", "pool", "portable", "avx2", "lookup", "avx512", "avx512_lookup", "avx512_table"),
     *("float_portable", "float_avx2", "float_avx512"),
 )
-ARM = ("dispatch", "arrange", "pool", "portable", "neon", "float_portable", "float_neon")
+ARM = ("dispatch", "arrange", "memory", "pool", "portable", "neon", "float_portable", "float_neon")
 AVX512 = (
     *("-O2", "-mavx2", "-mfma", "-mbmi2"),
     *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "vbmi", "vbmi2")),

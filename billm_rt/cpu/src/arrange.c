@@ -2,8 +2,6 @@
  * take there. */
 #include "decoder.h"
 
-#include <stdlib.h>
-
 struct arranging {
     const struct billm_isa *isa;
     const struct billm_weight *weight;
@@ -38,18 +36,16 @@ int billm_arrange_in_turn(const struct billm_weight *w) {
         return 0;
     if (!copies_allowed)
         return -1;
-    const size_t bytes = billm_round_up(job.isa->arranged_bytes(w), 64);
-    free(w->arranged->memory);
-    *w->arranged = (struct billm_arranged){0};
-    job.memory = aligned_alloc(64, bytes);
-    if (!job.memory)
+    billm_give_memory_back(w->arranged);
+    if (billm_take_memory(w->arranged, job.isa->arranged_bytes(w)))
         return -1;
+    job.memory = w->arranged->memory;
     job.isa->arrange_begin(w, job.memory);
     const size_t rows_per_task = billm_rows_per_task(&w->rows, 1, w->cols);
     job.rows_per_step = job.isa->row_step(w->cols);
     job.steps_per_task = rows_per_task / job.rows_per_step;
     billm_pool_run(arrange_task, &job, (w->rows + rows_per_task - 1) / rows_per_task);
-    *w->arranged = (struct billm_arranged){job.memory, bytes, job.isa};
+    w->arranged->isa = job.isa;
     return 0;
 }
 

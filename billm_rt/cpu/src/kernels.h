@@ -34,6 +34,7 @@ enum {
 struct billm_arranged {
     void *memory;
     size_t bytes;
+    struct billm_chunk *chunk;   /* of which the memory is a part */
     const struct billm_isa *isa; /* in whose order */
 };
 
@@ -202,8 +203,11 @@ void billm_quantize_in_turn(const float *x, const float *col_scale, size_t token
                             int16_t *values, float *scales);
 int billm_products(const struct billm_product *products, size_t count, const struct billm_tokens *x);
 int billm_products_in_turn(const struct billm_product *products, size_t count, const struct billm_tokens *x);
-/* See to it that the weight lies as decoding reads it, for which it takes memory that `arranged` then holds and its owner
- * frees. -1 where there is none, or none allowed: then products are made as for prompts. */
+/* Memory for a copy, in whole lines; -1 where there is none, and the copy then is as it was. To give it back is up to the
+ * copy's owner. */
+int billm_take_memory(struct billm_arranged *copy, size_t bytes);
+void billm_give_memory_back(struct billm_arranged *copy);
+/* See to it that the weight lies as decoding reads it, for which `arranged` takes memory. -1 where there is none, or none allowed: then products are made as for prompts. */
 int billm_arrange_in_turn(const struct billm_weight *weight);
 void billm_allow_copies(int allowed); /* from now on; at first they are */
 

@@ -187,7 +187,7 @@ static void binary_linear_dealloc(PyObject *object) {
     struct binary_linear *self = (struct binary_linear *)object;
     PyTypeObject *type = Py_TYPE(object);
     billm_release(self->views, TENSORS);
-    free(self->arranged.memory);
+    billm_give_memory_back(&self->arranged);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF((PyObject *)type);
 }
