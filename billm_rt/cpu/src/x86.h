@@ -61,14 +61,10 @@ static inline int billm_reduce_add_epi32(simde__m512i value) {
 #define _mm512_cvtepi32_ps billm_cvtepi32_ps
 #define _mm512_maskz_loadu_epi8 billm_maskz_loadu_epi8
 #if defined(BILLM_AVXVNNI) && !defined(__AVXVNNI__)
-static inline __m256i billm_dpbusd(__m256i sum, __m256i a, __m256i b) {
-    return _mm512_castsi512_si256(
-        _mm512_dpbusd_epi32(_mm512_castsi256_si512(sum), _mm512_castsi256_si512(a), _mm512_castsi256_si512(b)));
-}
 static inline __m256i billm_dpwssd(__m256i sum, __m256i a, __m256i b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
-#define _mm256_dpbusd_avx_epi32 billm_dpbusd
+#define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
 #define _mm256_dpwssd_avx_epi32 billm_dpwssd
 #endif
 static inline uint64_t billm_pext(uint64_t bits, uint64_t mask) {
