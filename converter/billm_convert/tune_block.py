@@ -57,7 +57,7 @@ class Rates:
     """Learning rates of the three kinds of numbers, each in its own unit."""
 
     vectors: float  # relative: row multipliers, column scales, norms, biases
-    latents: float = 0.0  # in steps: a row's largest scale starts at about 120
+    latents: float = 0.0  # in steps: a row's largest scale starts at about 240
     codes: float = 0.0  # in steps as well
 
 

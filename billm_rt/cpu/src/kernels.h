@@ -207,7 +207,8 @@ int billm_products_in_turn(const struct billm_product *products, size_t count, c
  * copy's owner. */
 int billm_take_memory(struct billm_arranged *copy, size_t bytes);
 void billm_give_memory_back(struct billm_arranged *copy);
-/* See to it that the weight lies as decoding reads it, for which `arranged` takes memory. -1 where there is none, or none allowed: then products are made as for prompts. */
+/* See to it that the weight lies as decoding reads it, for which `arranged` takes memory. -1 where there is
+ * none, or none allowed: then products are made as for prompts. */
 int billm_arrange_in_turn(const struct billm_weight *weight);
 void billm_allow_copies(int allowed); /* from now on; at first they are */
 
