@@ -7,7 +7,7 @@ from torch import Tensor
 
 from billm_convert.block import DecoderBlock, Rotary
 from billm_convert.source import ModelSource
-from billm_convert.tune_block import BlockStart, block_start
+from billm_convert.stored_block import StoredBlock
 from billm_convert.tune_train import block_loss
 from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import Quantization
@@ -35,14 +35,7 @@ def depth_errors(
         loss = block_loss(source, layer, hidden.device)
         for label, kind in stages.items():
             tensors = {name: work.block_tensor(layer, name, kind) for name in work.block_names(layer, kind)}
-            stored = _weights(block_start(config, quantization, layer, tensors), hidden.device)
+            stored = StoredBlock.of_tensors(config, quantization, layer, tensors).weights(hidden.device)
             found[label] = DecoderBlock(config, {**weights, **stored}, rotary).forward(found[label])
             errors[label].append(float(loss(found[label], wanted)))
     return errors
-
-
-def _weights(block: BlockStart, device: torch.device) -> dict[str, Tensor]:
-    """Return a finished block's weights as `DecoderBlock` wants them."""
-    values = {f"{name}.weight": packed.dequantize() for name, packed in block.linears.items()}
-    values |= {f"{name}.bias": packed.bias for name, packed in block.linears.items() if packed.bias is not None}
-    return {name: torch.from_numpy(value).to(device) for name, value in {**values, **block.norms}.items()}

@@ -60,7 +60,7 @@ def write(
     from billm_convert.page import write_page
     from billm_convert.sections import Material
 
-    stages: dict[str, Kind] = {"before training": "block", "after training": "final"}
+    stages: dict[str, Kind] = {"blocks as they were made": "block", "after training them together": "final"}
     if report.settings["recipe"] != TUNED:
         stages = {"as stored": "block"}
     depth, figures = {}, {}

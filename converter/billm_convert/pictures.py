@@ -112,7 +112,7 @@ def depth(by_stage: Mapping[str, Sequence[float]]) -> Picture:
 
 
 def tuning(pairs: Sequence[Sequence[float]]) -> Picture:
-    """Draw the held-out error of each decoder block before and after its own training; `pairs` has one for each."""
+    """Draw the held-out error of each decoder block before and after its training in turn; `pairs`: one for each."""
     before, after = zip(*pairs, strict=True)
     figure = _figure(3.6)
     axes = figure.subplots()
@@ -120,7 +120,10 @@ def tuning(pairs: Sequence[Sequence[float]]) -> Picture:
     axes.set(xlabel="decoder block", ylabel="relative squared error", title="Held-out error of each block's output")
     axes.legend()
     alt = f"Two lines over the decoder blocks: mean {np.mean(before):.4f} before, {np.mean(after):.4f} after training."
-    caption = "Each block is trained by itself towards the original block's output; measured on text not trained on."
+    caption = (
+        "Each block is trained as soon as it is solved, on what the blocks before it give, towards the original "
+        "block's output; measured on text not trained on."
+    )
     return _picture(figure, "tuning", "Training block by block", caption, alt)
 
 

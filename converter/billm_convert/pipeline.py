@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from billm_convert import budget, gate, illustrate, resources
-from billm_convert.block import DecoderBlock, Rotary, embed
+from billm_convert.binarizing import Binarizing
+from billm_convert.block import embed
 from billm_convert.calibration import choose_texts, describe
 from billm_convert.drawing import Drawing
 from billm_convert.embedding import to_float16
-from billm_convert.figures import LinearFigures, linear_figures, save_figures
 from billm_convert.head_moment import solve_tables, stored_table
-from billm_convert.recipes import choose_recipe
 from billm_convert.settings import (
     COL_SCALED,
     CPU_CALIBRATION,
@@ -38,15 +37,14 @@ from billm_convert.settings import (
     Progress,
 )
 from billm_convert.source import ModelSource, open_model
-from billm_convert.streams import FollowedStream, Inputs, Stream, Told
 from billm_convert.tokenizer import TokenizerFiles
 from billm_convert.tune import Tuning
+from billm_convert.tune_blocks import BlockTuning
 from billm_convert.tune_train import product_dtype
 from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import CHAT_TEMPLATE, TOKENIZER, linear_names
-from billm_format.packing import PackedLinear
 from billm_format.reader import BillmFile
 from billm_format.writer import Source, write_file
 from billm_rt.texts import Text
@@ -97,11 +95,14 @@ class Conversion:
         self.quantization = self._quantization()
         tokens = self.nsamples * self.seqlen
         plan = resources.memory_plan(
-            self.config, tokens, min(tokens, self._batch() * self.seqlen), streams=1 + (settings.recipe in FOLLOWED)
+            self.config,
+            tokens,
+            min(tokens, self._batch() * self.seqlen),
+            original=settings.recipe in FOLLOWED,
+            again=settings.recipe == TUNED,
         )
         self.memory = {"binarizing": plan}  # by stage
         self._place = self.device  # of hidden states, where there is room
-        self._linears: list[LinearReport] = []
 
     def _progress(self, event: Event) -> None:
         self._stage = STAGES.get(event.stage, self._stage)
@@ -149,10 +150,20 @@ class Conversion:
             tokens = self._tokens(work)
             if self.settings.embedding_bits == 4:
                 solve_tables(self.source, tokens, work, self.device)
-            self._run_blocks(work, tokens, resumed)
-            record = {**self.record(), "calibration": describe(self.texts, tokens, self.settings.seed)}
-            if self.settings.recipe == TUNED:
-                record["tuning"] = self._tune(work)
+            tuning, turn = self._tuning(work)
+            blocks = Binarizing(self.source, self.quantization, self.settings, self.device, work, self._progress)
+            if turn or resumed < self.config.num_hidden_layers:
+                blocks.run(self._embed(work, tokens), self._batch(), self._place, turn)
+            record = {
+                **self.record(),
+                "layers": [linear.to_json() for linear in blocks.linears],
+                "calibration": describe(self.texts, tokens, self.settings.seed),
+            }
+            if tuning:
+                if turn:
+                    tuning.keep_targets(turn)
+                    turn = None  # gigabytes of hidden states
+                record["tuning"] = {**tuning.run(), "block_errors": blocks.errors}
             size = self._assemble(work, record)
             report = self._report(started, record, size, resumed)
             if self.folder:
@@ -176,23 +187,29 @@ class Conversion:
 
     def _check_room(self, work: WorkFolder) -> None:
         """Raise DoesNotFitError for too little memory or disk, before hours of work rather than after."""
+        effort = EFFORTS[self.settings.effort] if self.settings.recipe == TUNED else None
+        training = 0
+        advice = "give a smaller --nsamples or --seqlen"
         plan = self.memory["binarizing"]
+        if effort:
+            size = (self._tuning_seqlen(), product_dtype(self.device).itemsize)
+            plan |= resources.block_tuning_memory(self.config, effort, *size)
+            self.memory["training"] = resources.tuning_memory(self.config, effort, *size)
+            training = resources.tuning_disk(self.config, effort, self._tuning_seqlen())
+            advice += ", --effort fast, or another recipe"
         self._place = resources.hidden_place(plan, self.device)
         if self.device.type == "cuda":
             where = "on the device" if self._place == self.device else "in the host's memory"
             self.say(f"the text's hidden states ({plan['hidden_states'] / 1e9:.2f} GB) are kept {where}")
-        resources.check_memory(plan, self.device, self._place)
-        training = 0
-        effort = EFFORTS[self.settings.effort] if self.settings.recipe == TUNED else None
-        if effort:
-            factor = product_dtype(self.device).itemsize
-            plan = resources.tuning_memory(self.config, effort, self._tuning_seqlen(), factor)
-            resources.check_tuning_memory(plan, self.device)
-            training = resources.tuning_disk(plan)
-            self.memory["training"] = plan
+        for stage in self.memory.values():
+            resources.check_memory(stage, self.device, self._place, advice)
         if work.tokens() is None and (sampling := self.drawing.memory(self.nsamples, self.seqlen)):
             self.memory["sampling text"] = sampling
-        more = self.drawing.memory(effort.windows, self._tuning_seqlen()) if effort and not work.tuning_text() else None
+        more = (
+            self.drawing.memory(effort.all_windows, self._tuning_seqlen())
+            if effort and not work.tuning_text()
+            else None
+        )
         if more:
             self.memory["sampling more text"] = more
         resources.check_disk(self.out, self.config, self.quantization, work.finished_bytes(), training)
@@ -225,7 +242,7 @@ class Conversion:
 
     def _is_this_conversion(self) -> bool:
         with BillmFile.open(self.out) as file:
-            return all(file.conversion.get(key) == value for key, value in self.record().items() if key != "layers")
+            return all(file.conversion.get(key) == value for key, value in self.record().items())
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that the result depends on, and the files' times: resuming wants all of it unchanged."""
@@ -261,14 +278,13 @@ class Conversion:
         }
 
     def record(self) -> dict[str, Any]:
-        """Return the conversion record, calibration apart: no times and no paths, the same run gives the same bytes."""
+        """Return what the conversion record says beforehand: no times, no paths; the same run gives the same bytes."""
         return {
             "recipe": self.settings.recipe,
             "settings": self.chosen(),
             "source": {"family": self.config.family, "sha256": self.source.identity()},
             "device": self.device.type,
             "versions": resources.versions(),
-            "layers": [linear.to_json() for linear in self._linears],
         }
 
     # --- calibration and blocks --------------------------------------------------------------------------------------
@@ -283,34 +299,6 @@ class Conversion:
         work.save_tokens(tokens)
         return tokens
 
-    @torch.inference_mode()
-    def _run_blocks(self, work: WorkFolder, tokens: NDArray[np.int64], finished: int) -> None:
-        layers = self.config.num_hidden_layers
-        self._linears = [LinearReport(**record) for i in range(finished) for record in work.block_record(i)]
-        if finished == layers:
-            return
-        rotary = None
-        if self.config.position == "rope":
-            rotary = Rotary(self.source.tensor("rope.inv_freq").to(self.device), self.config.rope_scale, self.seqlen)
-        followed = self.settings.recipe in FOLLOWED
-        make_stream: Callable[..., Stream] = partial(FollowedStream, quick=True) if followed else Stream
-        stream = make_stream(self.config, self._embed(work, tokens), self._batch(), self.device, self._place)
-        for layer in range(layers):
-            weights = {name: value.to(self.device) for name, value in self.source.layer(layer).items()}
-            block = DecoderBlock(self.config, weights, rotary)
-            original = DecoderBlock(self.config, dict(weights), rotary) if followed else block
-            if layer < finished:
-                for linear in self.config.linears():
-                    weights[f"{linear}.weight"] = self._stored_weight(work, layer, linear)
-            else:
-                self._solve_block(work, layer, stream.inputs(block, original, self._told(layer, 0, 0.7)), weights)
-            if layer + 1 < layers:
-                stream.advance(block, original, self._told(layer, 0.7, 1))
-                if not stream.finite():
-                    raise UsageError(
-                        f"the hidden states after block {layer} are not finite: the model cannot be calibrated"
-                    )
-
     def _embed(self, work: WorkFolder, tokens: NDArray[np.int64]) -> Tensor:
         """Return the first block's input, float32 [windows, seqlen, hidden] on the CPU, from the tables as stored."""
         tables: dict[str, Tensor] = {
@@ -322,60 +310,14 @@ class Conversion:
         rows = table.lookup(torch.from_numpy(tokens))
         return embed(self.config, tables, rows).contiguous()
 
-    def _solve_block(self, work: WorkFolder, layer: int, groups: Iterator[Inputs], weights: dict[str, Tensor]) -> None:
-        """Binarize the block's Linears on what they read, store them, and put them in the originals' place."""
-        recipe = choose_recipe(self.settings, lambda linear: self.quantization.block_of(f"layers.{layer}.{linear}"))
-        stored = {f"layers.{layer}.{name}": value.cpu().numpy() for name, value in weights.items() if "norm" in name}
-        reports = []
-        figures: dict[str, LinearFigures] = {}
-        for inputs in groups:
-            originals = [weights[f"{linear}.weight"] for linear in inputs.linears]
-            together = recipe(originals, inputs)
-            for linear, original, solved in zip(inputs.linears, originals, together, strict=True):
-                name = f"layers.{layer}.{linear}"
-                if self.folder:
-                    figures[name] = linear_figures(original, inputs.hessian, solved.searches)
-                bias = weights.get(f"{linear}.bias")
-                stored |= packed_tensors(name, solved.packed, None if bias is None else bias.cpu().numpy())
-                weights[f"{linear}.weight"] = solved.weight
-                reports.append(
-                    LinearReport(
-                        name=name,
-                        error=solved.error,
-                        weight_error=solved.weight_error,
-                        salient=solved.salient_fraction,
-                        sparse=solved.sparse_fraction,
-                        damp=solved.damp,
-                    )
-                )
-        reports.sort(key=lambda report: list(self.config.linears()).index(report.name.rpartition(".")[2]))
-        if figures:
-            save_figures(work, layer, figures)  # before the block: a finished one has its figures
-        work.save_block(layer, stored, [vars(report) for report in reports])
-        self._linears += reports
-        self._step(layer, 0.7, tuple(reports))
-
-    def _told(self, layer: int, start: float, stop: float) -> Told:
-        """Return what reports a share of the work between two shares of a block."""
-        return lambda share: self._step(layer, start + (stop - start) * share)
-
-    def _stored_weight(self, work: WorkFolder, layer: int, linear: str) -> Tensor:
-        name = f"layers.{layer}.{linear}"
-        rows, cols, _ = self.config.linears()[linear]
-        kinds = [*_LINEAR_PARTS, *(["col_scale"] if self.quantization.has_col_scale(name) else [])]
-        parts = {part: work.block_tensor(layer, f"{name}.{part}") for part in kinds}
-        packed = PackedLinear(rows, cols, self.quantization.block_of(name), **parts)
-        return torch.from_numpy(packed.dequantize()).to(self.device)
-
-    def _step(self, layer: int, share: float, linears: tuple[LinearReport, ...] = ()) -> None:
-        self._progress(Event("blocks", layer + share, self.config.num_hidden_layers, linears=linears))
-
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def _tune(self, work: WorkFolder) -> dict[str, Any]:
-        """Train what the solver found; return what the record says of it."""
+    def _tuning(self, work: WorkFolder) -> tuple[Tuning | None, BlockTuning | None]:
+        """Return what trains the model, and what trains its blocks before that, where the recipe does."""
+        if self.settings.recipe != TUNED:
+            return None, None
         tuning = Tuning(self.source, self.quantization, self.settings, self.device, work, self._progress)
-        return tuning.run(lambda windows: self.drawing.tuning(windows, self._tuning_seqlen()))
+        return tuning, tuning.blocks(lambda windows: self.drawing.tuning(windows, self._tuning_seqlen()))
 
     def _tuning_seqlen(self) -> int:
         return min(TUNING_TOKENS, self.seqlen)
@@ -470,19 +412,6 @@ class Conversion:
         elif self.folder:
             illustrate.write(self.folder, self.source, self.quantization, report)
         return report
-
-
-_LINEAR_PARTS = ("sign", "second", "salient", "scales", "row_scale")
-
-
-def packed_tensors(name: str, packed: PackedLinear, bias: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
-    """Return a binarized Linear's tensors under their names in the file."""
-    out: dict[str, NDArray[Any]] = {f"{name}.{part}": getattr(packed, part) for part in _LINEAR_PARTS}
-    if packed.col_scale is not None:
-        out[f"{name}.col_scale"] = packed.col_scale
-    if bias is not None:
-        out[f"{name}.bias"] = bias
-    return out
 
 
 def _check_out(out: Path) -> None:

@@ -158,13 +158,12 @@ def check_text(check: CheckReport) -> str:
 
 def tuning_line(tuning: Mapping[str, Any]) -> str:
     """Return what training came to."""
-    line = f"tuned for {tuning['block_steps']} steps a block and {tuning['model_steps']} of the whole model"
-    if "kl_after" in tuning:
-        line += f": held-out KL to full precision {tuning['kl_before']:.3f} -> {tuning['kl_after']:.3f}"
-    elif tuning["block_errors"]:
+    line = ""
+    if tuning["block_steps"]:
         before, after = (_mean(errors[i] for errors in tuning["block_errors"]) for i in (0, 1))
-        line += f": mean held-out error of a block {before:.4f} -> {after:.4f}"
-    return line
+        line = f"tuned for {tuning['block_steps']} steps a block (held-out error, mean {before:.4f} -> {after:.4f}), "
+    line += f"{'' if line else 'tuned for '}{tuning['model_steps']} of the whole model"
+    return f"{line} (held-out KL to full precision {tuning['kl_before']:.3f} -> {tuning['kl_after']:.3f})"
 
 
 def memory_line(report: ConvertReport) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from billm_convert.settings import Effort
 from billm_convert.solved import solving_memory
+from billm_convert.tune_text import HELD_OUT
 from billm_format.config import ModelConfig, Quantization
 from billm_format.errors import DoesNotFitError, UsageError
 from billm_format.layout import all_tensors, layer_tensors
@@ -23,6 +24,7 @@ _HOST = torch.device("cpu")
 # Of the memory that the rest of a conversion leaves free on a GPU, what hidden states may take.
 _HIDDEN_SHARE = 0.5
 
+_TEXT = "training_text"  # hidden states of the text to train on: always on the host
 _TEXTS_BYTES = 20 << 20  # room for the tokenizer, whose size the layout leaves free
 
 
@@ -63,10 +65,12 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + reserve
 
 
-def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int, streams: int = 1) -> dict[str, int]:
+def memory_plan(
+    config: ModelConfig, tokens: int, batch_tokens: int, *, original: bool = False, again: bool = False
+) -> dict[str, int]:
     """Return the bytes that a conversion takes, by kind, for `tokens` calibration tokens, `batch_tokens` at once.
 
-    With two `streams` the text also goes through the original blocks.
+    `original`: the text also goes through the original blocks; `again`: what a block reads is kept meanwhile.
     """
     linears = config.linears().values()
     weights = 4 * sum(rows * cols for rows, cols, _ in linears)
@@ -74,61 +78,68 @@ def memory_plan(config: ModelConfig, tokens: int, batch_tokens: int, streams: in
         cols for name, (_, cols, _) in config.linears().items() if name in ("q_proj", "o_proj", "up_proj", "down_proj")
     ]
     return {
-        "hidden_states": streams * 4 * tokens * config.hidden_size,
-        "block_weights": streams * weights,
+        "hidden_states": (1 + original + again) * 4 * tokens * config.hidden_size,
+        "block_weights": (1 + original) * weights,
         # Of all inputs, and a second stream's drift.
-        "hessians": 4 * (sum(cols * cols for cols in inputs) + (streams - 1) * max(inputs) ** 2),
+        "hessians": 4 * (sum(cols * cols for cols in inputs) + original * max(inputs) ** 2),
         "solver": max(solving_memory(rows, cols) for rows, cols, _ in linears),
         "inner_activations": 4 * batch_tokens * 3 * max(config.intermediate_size, config.hidden_size),
     }
 
 
-def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int, factor: int) -> dict[str, int]:
-    """Return the bytes that training takes, by kind, on windows of `seqlen` tokens; a product's factor has `factor`."""
-    whole = effort.model_steps > 0
-    layers = config.num_hidden_layers if whole else 1
-    weights = layers * sum(rows * cols for rows, cols, _ in config.linears().values())
-    kept = 16 * config.hidden_size + 8 * config.intermediate_size  # values of a token in a block, for the gradient
-    of_blocks = min(effort.windows, effort.block_steps * effort.step_windows)
+def block_tuning_memory(config: ModelConfig, effort: Effort, seqlen: int, factor: int) -> dict[str, int]:
+    """Return the bytes that training blocks in turn adds to `memory_plan`, on windows of `seqlen` tokens.
+
+    A product's factor has `factor` bytes.
+    """
+    windows, trained = (count + HELD_OUT for count in (effort.all_windows, effort.block_windows))
+    weights = sum(rows * cols for rows, cols, _ in config.linears().values())
     return {
-        "weights": 0 if whole else 4 * 4 * weights,  # latent, gradient, two moments
-        "products": (1 if whole else 2) * factor * weights,  # what they read, and its gradient
-        "activations": factor * seqlen * (1 if whole else effort.step_windows) * layers * kept,
-        "heads": 2 * factor * config.vocab_size * config.embedding_size * whole,
-        # Of full precision, and a copy in 16 bits of its last; those that tuned blocks read, and their targets.
-        "hidden_states": (6 * effort.windows + 8 * of_blocks) * seqlen * config.hidden_size,
+        # Latent, gradient, two moments; what a product reads, and its gradient.
+        "training_weights": (4 * 4 + 2 * factor) * weights,
+        "training_activations": factor * seqlen * effort.step_windows * _kept(config),
+        # Of full precision, and a copy in 16 bits of its last; those that blocks are trained on.
+        _TEXT: (6 * windows + 4 * trained) * seqlen * config.hidden_size,
     }
 
 
-def check_tuning_memory(plan: dict[str, int], device: torch.device) -> None:
-    """Raise DoesNotFitError, with the sum, when the plan of `tuning_memory` exceeds the memory that is free."""
-    advice = "give --effort blocks, which trains one block at a time, or another recipe"
-    _compare_split(plan, device, _HOST, advice)
+def tuning_memory(config: ModelConfig, effort: Effort, seqlen: int, factor: int) -> dict[str, int]:
+    """Return the bytes that training the whole model takes, by kind, on windows of `seqlen` tokens.
+
+    A product's factor has `factor` bytes.
+    """
+    layers = config.num_hidden_layers
+    return {
+        "products": factor * layers * sum(rows * cols for rows, cols, _ in config.linears().values()),
+        "activations": factor * seqlen * layers * _kept(config),
+        "heads": 2 * factor * config.vocab_size * config.embedding_size,
+        _TEXT: 2 * (effort.all_windows + HELD_OUT) * seqlen * config.hidden_size,
+    }
+
+
+def _kept(config: ModelConfig) -> int:
+    """Return how many values of a token in a block are kept for the gradient."""
+    return 16 * config.hidden_size + 8 * config.intermediate_size
 
 
 def hidden_place(plan: dict[str, int], device: torch.device) -> torch.device:
     """Return where the hidden states of the plan are kept: on the device, or on the host for want of room there."""
-    rest = sum(_without_hidden(plan).values())
+    rest = sum(size for kind, size in plan.items() if kind not in ("hidden_states", _TEXT))
     fits = plan["hidden_states"] <= _HIDDEN_SHARE * (free_memory(device) - rest)
     return device if fits or device.type == "cpu" else _HOST
 
 
-def check_memory(plan: dict[str, int], device: torch.device, place: torch.device) -> None:
+def check_memory(plan: dict[str, int], device: torch.device, place: torch.device, advice: str) -> None:
     """Raise DoesNotFitError, with the sum, when the plan, hidden states at `place`, exceeds the memory that is free."""
-    _compare_split(plan, device, place, "give a smaller --nsamples or --seqlen")
-
-
-def _compare_split(plan: dict[str, int], device: torch.device, place: torch.device, advice: str) -> None:
-    """Compare a plan with what is free; what is at the device and what is at the host, if they are two."""
-    if place == device:
-        _compare_memory(plan, device, advice)
-    else:
-        _compare_memory({"hidden_states": plan["hidden_states"]}, place, advice)
-        _compare_memory(_without_hidden(plan), device, advice)
-
-
-def _without_hidden(plan: dict[str, int]) -> dict[str, int]:
-    return {key: value for key, value in plan.items() if key != "hidden_states"}
+    at_host = {_TEXT} if place == device else {_TEXT, "hidden_states"}
+    if device == _HOST:
+        at_host = set(plan)
+    for where, parts in (
+        (_HOST, {kind: size for kind, size in plan.items() if kind in at_host}),
+        (device, {kind: size for kind, size in plan.items() if kind not in at_host}),
+    ):
+        if parts:
+            _compare_memory(parts, where, advice)
 
 
 def _compare_memory(parts: dict[str, int], device: torch.device, advice: str) -> None:
@@ -141,9 +152,9 @@ def _compare_memory(parts: dict[str, int], device: torch.device, advice: str) ->
         )
 
 
-def tuning_disk(plan: dict[str, int]) -> int:
-    """Return the bytes on disk that training by the plan of `tuning_memory` takes: next to the text little counts."""
-    return plan["hidden_states"]
+def tuning_disk(config: ModelConfig, effort: Effort, seqlen: int) -> int:
+    """Return the bytes on disk that the text to train on takes, with what full precision makes of it."""
+    return (effort.all_windows + HELD_OUT) * seqlen * (8 + 2 * config.hidden_size)
 
 
 def check_disk(out: Path, config: ModelConfig, quantization: Quantization, there: int, training: int = 0) -> None:
@@ -154,7 +165,7 @@ def check_disk(out: Path, config: ModelConfig, quantization: Quantization, there
     sized = [spec for spec in all_tensors(config, quantization) if -1 not in spec.shape]
     file = sum(spec.nbytes for spec in sized) + _TEXTS_BYTES
     if training:
-        training += 2 * blocks  # either training leaves a set of its own
+        training += blocks  # the whole model's training leaves a set of its own
     need = max(0, blocks - there) + file + training
     free = shutil.disk_usage(out.parent).free
     if need > free:

@@ -141,9 +141,9 @@ def _errors(material: Material) -> Section:
         drawn.append(pictures.depth(material.depth))
     notes = []
     tuning = report.tuning or {}
-    if tuning.get("block_errors"):
+    if tuning.get("block_steps"):
         drawn.append(pictures.tuning(tuning["block_errors"]))
-    if "kl_after" in tuning:
+    if tuning:
         notes.append(
             f"Training the whole model ({tuning['model_steps']} steps) took its held-out Kullback-Leibler divergence "
             f"from the original from {tuning['kl_before']:.3f} to {tuning['kl_after']:.3f} nats a token."

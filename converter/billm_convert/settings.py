@@ -28,21 +28,30 @@ CPU_CALIBRATION = (32, 1024)
 
 @dataclass(frozen=True)
 class Effort:
-    """How long the recipe "tuned" trains, and what: everything in a block, then vectors alone in the whole model."""
+    """How long the recipe "tuned" trains: each block as soon as it is solved, then the vectors of the whole model."""
 
-    windows: int  # of TUNING_TOKENS tokens
+    windows: int  # of TUNING_TOKENS tokens, to train the whole model on
     block_steps: int  # for each block, against the full-precision block
     model_steps: int  # of the whole model, against the full-precision logits
-    step_windows: int = 4  # windows in a step
+    step_windows: int = 2  # windows in a step of either
+
+    @property
+    def block_windows(self) -> int:
+        """How many windows blocks are trained on, each once; the whole model never sees them."""
+        return self.block_steps * self.step_windows
+
+    @property
+    def all_windows(self) -> int:
+        """How many windows there are to train on."""
+        return self.windows + self.block_windows
 
 
 # Windows of 256 cost less; on them a run gained less at 2,048 tokens than at 512, see README.md.
 TUNING_TOKENS = 512
 EFFORTS = {
-    "blocks": Effort(windows=400, block_steps=150, model_steps=0),  # one block in memory at a time
-    "fast": Effort(windows=160, block_steps=0, model_steps=80, step_windows=2),
-    "normal": Effort(windows=640, block_steps=0, model_steps=320, step_windows=2),
-    "max": Effort(windows=4000, block_steps=0, model_steps=2000, step_windows=2),
+    "fast": Effort(windows=160, block_steps=40, model_steps=80),
+    "normal": Effort(windows=640, block_steps=160, model_steps=320),
+    "max": Effort(windows=4000, block_steps=640, model_steps=2000),
 }
 
 
@@ -131,9 +140,7 @@ class LinearReport:
 class Event:
     """One step of progress: `done` of `total`, fractions of a block included, or something to say."""
 
-    stage: Literal[
-        "note", "sampling", "blocks", "targets", "tuning blocks", "tuning model", "writing", "checking", "drawing"
-    ]
+    stage: Literal["note", "sampling", "blocks", "targets", "tuning model", "writing", "checking", "drawing"]
     done: float = 0.0
     total: float = 0.0
     text: str = ""
@@ -145,7 +152,6 @@ STAGES = {
     "sampling": "sampling text",
     "blocks": "binarizing",
     "targets": "running the full-precision model",
-    "tuning blocks": "tuning blocks",
     "tuning model": "tuning the model",
     "writing": "writing",
     "checking": "checking",

@@ -101,10 +101,16 @@ class FollowedStream(Stream):
         place: torch.device,
         *,
         quick: bool = False,
+        again: bool = False,
     ) -> None:
-        """Begin both streams with `hidden`; `quick`: products are made as `quick_products` has them."""
+        """Begin both streams with `hidden`; `quick`: products are made as `quick_products` has them.
+
+        `again`: what a block reads is kept until the next one, for `retrace`.
+        """
         super().__init__(config, hidden, batch, device, place)
         self._quick = quick
+        # What the block that is being replaced reads.
+        self._before = [self._settled(part.clone()) for part in self._hidden] if again else []
         self._wanted = [self._settled(part.clone()) for part in self._hidden]
         self._halves_done = 0  # of the block that is being replaced
         self._measured = False  # the last Linear of the half that is next: then the original's half is done already
@@ -113,6 +119,8 @@ class FollowedStream(Stream):
     def inputs(self, block: DecoderBlock, original: DecoderBlock, told: Told) -> Iterator[Inputs]:
         """Yield what each group of Linears reads, those before it in `block` being replaced by now."""
         groups = input_groups(self._config)
+        for before, batch in zip(self._before, self._hidden, strict=False):  # empty: not wanted again
+            before.copy_(self._on_device(batch), non_blocking=True)
         done = 0
         for half, names in enumerate(HALVES.values()):
             if half > 0:
@@ -153,6 +161,13 @@ class FollowedStream(Stream):
         for index, half in enumerate(left):
             self._advance_half(half, block, original, _part(told, index, len(left)))
         self._halves_done = 0
+
+    def retrace(self, block: DecoderBlock, told: Told) -> None:
+        """Replace the hidden states by what `block`, changed since `advance`, makes of what it reads."""
+        with quick_products(self._quick):
+            for index, (batch, before) in enumerate(zip(self._hidden, self._before, strict=True)):
+                batch.copy_(block.forward(self._on_device(before)), non_blocking=True)
+                told((index + 1) / len(self._hidden))
 
     def _advance_half(self, half: int, block: DecoderBlock, original: DecoderBlock, told: Told) -> None:
         kept, self._kept = iter(self._kept), []

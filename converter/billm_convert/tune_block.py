@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,49 +9,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from billm_convert.block import DecoderBlock, KeyValues, Rotary, finish, input_groups
+from billm_convert.stored_block import StoredBlock
 from billm_convert.tune_linear import ScaledLinear, TunedLinear, Vector
-from billm_format.config import ModelConfig, Quantization
+from billm_format.config import ModelConfig
 from billm_format.packing import PackedLinear
 
 Float32 = NDArray[np.float32]
 
-_PARTS = ("sign", "second", "salient", "scales", "row_scale", "col_scale", "bias")
-
 
 @dataclass(frozen=True)
-class BlockStart:
-    """A binarized decoder layer: its Linears ("q_proj"), and its norms ("attn_norm.weight") float32."""
-
-    linears: Mapping[str, PackedLinear]
-    norms: Mapping[str, Float32]
-
-
-def block_start(
-    config: ModelConfig, quantization: Quantization, layer: int, tensors: Mapping[str, NDArray[Any]]
-) -> BlockStart:
-    """Make a layer of its tensors, which have their names in the file."""
-    prefix = f"layers.{layer}."
-    linears = {}
-    for linear, (rows, cols, _) in config.linears().items():
-        parts: dict[str, Any] = {part: tensors.get(f"{prefix}{linear}.{part}") for part in _PARTS}
-        linears[linear] = PackedLinear(rows, cols, quantization.block_of(f"{prefix}{linear}"), **parts)
-    norms = {name.removeprefix(prefix): value for name, value in tensors.items() if "norm." in name}
-    return BlockStart(linears, norms)
-
-
-def block_tensors(layer: int, block: BlockStart) -> dict[str, NDArray[Any]]:
-    """Return a layer's tensors under their names in the file."""
-    prefix = f"layers.{layer}."
-    out: dict[str, NDArray[Any]] = {f"{prefix}{name}": value for name, value in block.norms.items()}
-    for linear, packed in block.linears.items():
-        for part in _PARTS:
-            value = getattr(packed, part)
-            if value is not None:
-                out[f"{prefix}{linear}.{part}"] = value
-    return out
-
-
-@dataclass
 class Rates:
     """Learning rates of the three kinds of numbers, each in its own unit."""
 
@@ -95,16 +60,14 @@ class TunedBlock(QuickBlock):
     def __init__(
         self,
         config: ModelConfig,
-        start: BlockStart,
+        start: StoredBlock,
         rotary: Rotary | None,
         device: torch.device,
         products: torch.dtype,
-        hints: Mapping[str, Tensor] | None = None,
+        *,
+        everything: bool = False,
     ) -> None:
-        """Begin exactly at `start`; `products` and the `hints`, by Linear, are for `TunedLinear`.
-
-        Without hints vectors alone are trained.
-        """
+        """Begin exactly at `start`; factors of products have the dtype `products`."""
         super().__init__(config, {}, rotary, products)
         self.norms = {name: norm_vector(name, value, device) for name, value in start.norms.items()}
         self.linears: dict[str, TunedLinear | ScaledLinear] = {}
@@ -113,12 +76,9 @@ class TunedBlock(QuickBlock):
             shared = _shared_col_scale([start.linears[name] for name in names], device)
             if shared is not None:
                 self._col_scales.append(shared)
+            kind = TunedLinear if everything else ScaledLinear
             for name in names:
-                linear = start.linears[name]
-                if hints is None:
-                    self.linears[name] = ScaledLinear(linear, shared, device, products)
-                else:
-                    self.linears[name] = TunedLinear(linear, shared, device, products, hints.get(name))
+                self.linears[name] = kind(start.linears[name], shared, device, products)
 
     def forward(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
         """Run x [batch, tokens, hidden] through the block as the file will hold it."""
@@ -128,18 +88,16 @@ class TunedBlock(QuickBlock):
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return self.linears[name](x)
 
-    def _coded(self) -> Iterator[tuple[str, TunedLinear]]:
-        for name, linear in self.linears.items():
-            if isinstance(linear, TunedLinear):
-                yield name, linear
+    def _coded(self) -> Iterator[TunedLinear]:
+        return (linear for linear in self.linears.values() if isinstance(linear, TunedLinear))
 
     def latents(self) -> list[nn.Parameter]:
         """Return the latent of every weight, where codes are trained."""
-        return [linear.latent for _, linear in self._coded()]
+        return [linear.latent for linear in self._coded()]
 
     def codes(self) -> list[nn.Parameter]:
         """Return what the scale codes are made of, where they are trained."""
-        return [part for _, linear in self._coded() for part in (linear.mid, linear.half)]
+        return [part for linear in self._coded() for part in (linear.mid, linear.half)]
 
     def vectors(self) -> list[nn.Parameter]:
         """Return the changes of row multipliers, column scales, norms and biases."""
@@ -150,18 +108,18 @@ class TunedBlock(QuickBlock):
 
     def collect(self) -> None:
         """Hand the gradients of weights down to what they are made of."""
-        for _, linear in self._coded():
+        for linear in self._coded():
             linear.collect()
 
     def project(self) -> None:
         """Bring every scale back into the format's range after a step."""
-        for _, linear in self._coded():
+        for linear in self._coded():
             linear.project()
 
     @torch.no_grad()
-    def result(self) -> BlockStart:
+    def result(self) -> StoredBlock:
         """Return the block as the file stores it."""
-        return BlockStart(
+        return StoredBlock(
             {name: self.linears[name].pack() for name in self._config.linears()},
             {name: vector().cpu().numpy() for name, vector in self.norms.items()},
         )
@@ -187,7 +145,7 @@ class TunedModel:
     def __init__(
         self,
         config: ModelConfig,
-        starts: Iterable[BlockStart],
+        starts: Iterable[StoredBlock],
         tables: Mapping[str, Tensor],
         rotary: Rotary | None,
         device: torch.device,

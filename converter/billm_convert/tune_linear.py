@@ -28,7 +28,7 @@ from billm_format.layout import ALPHA_C, ALPHA_O, ALPHA_R, ALPHA_S
 from billm_format.packing import PackedLinear, pack_bits, unpack_bits
 
 # How far a latent starts from the border between two levels, at least, in steps: ties must not change a code.
-CLEAR = 0.25
+_CLEAR = 0.25
 
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
@@ -41,13 +41,6 @@ def nearest_levels(latent: Tensor, middle: Tensor, half: Tensor) -> Tensor:
     side = torch.sub(middle, latent.abs())  # negative: the larger magnitude
     magnitude = torch.copysign(half, side, out=half).neg_().add_(middle)
     return torch.copysign(magnitude, latent, out=magnitude)
-
-
-def in_steps(weight: Tensor, linear: PackedLinear) -> Tensor:
-    """Return a Linear's original weight float32 [rows, cols] in the unit of a latent: rows' steps, column scales."""
-    steps = torch.from_numpy(linear.row_scale).float()
-    out = weight / _not_zero(steps)[:, None]
-    return out if linear.col_scale is None else out / _not_zero(torch.from_numpy(linear.col_scale).float())
 
 
 class Vector:
@@ -91,14 +84,13 @@ class TunedLinear:
         start: PackedLinear,
         col_scale: Vector | None,
         device: torch.device,
-        products: torch.dtype = torch.float32,
-        hint: Tensor | None = None,
+        products: torch.dtype,
     ) -> None:
         """Begin at `start`, exactly: before any step, `pack` returns it byte for byte.
 
         `col_scale` [cols] is an object of its own because Linears that read the same input share it. `products` is the
-        dtype that factors of matrix products have. Latents begin as near to `hint` float [rows, cols] as the start's
-        codes allow, CLEAR steps off the borders between them; without a hint, at the levels themselves.
+        dtype that factors of matrix products have. Latents begin at the levels, or where a level lies on a border
+        between two as near to it as leaves the code what it is.
         """
         self._start = start
         self.col_scale = col_scale
@@ -111,21 +103,19 @@ class TunedLinear:
         self._swapped = alpha_s < alpha_c
         self.mid = nn.Parameter(torch.cat(((alpha_c + alpha_s) / 2, alpha_o), dim=1))
         self.half = nn.Parameter(torch.cat(((alpha_s - alpha_c).abs() / 2, alpha_r), dim=1))
-        self.latent = nn.Parameter(self._first_latents(hint, device))
+        self.latent = nn.Parameter(self._first_latents(device))
         self.weight = nn.Parameter(torch.empty(start.rows, start.cols, dtype=products, device=device))
         self.refresh()
 
-    def _first_latents(self, hint: Tensor | None, device: torch.device) -> Tensor:
-        """Return the hint, or the start's levels, moved into what is nearest to the level of each weight's code."""
+    def _first_latents(self, device: torch.device) -> Tensor:
+        """Return the start's levels, off the borders between them."""
         positive, second, salient = self._start_bits(device)
         larger = torch.where(salient, second == positive, second ^ self._spread(self._swapped))
         middle, half = self.mid.detach() @ self._places, self.half.detach() @ self._places
-        sign = torch.where(positive, 1.0, -1.0)
-        magnitude = torch.where(larger, middle + half, middle - half) if hint is None else sign * hint.to(middle)
-        margin = (middle / 2).clamp(max=CLEAR)
-        within = magnitude.clamp(margin, middle - margin)
-        beyond = magnitude.maximum(middle + CLEAR)
-        return torch.copysign(torch.where(larger, beyond, within), sign)
+        margin = (middle / 2).clamp(max=_CLEAR)
+        within = (middle - half).clamp(margin, middle - margin)
+        beyond = (middle + half).maximum(middle + _CLEAR)
+        return torch.copysign(torch.where(larger, beyond, within), torch.where(positive, 1.0, -1.0))
 
     def _start_bits(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sign and second planes, bool [rows, cols], and the salient columns, bool [cols]."""

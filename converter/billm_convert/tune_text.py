@@ -33,6 +33,11 @@ class TuningText:
         """The other windows."""
         return range(self.training, len(self.tokens))
 
+    def split(self, blocks: int, seed: int) -> tuple[list[int], list[int]]:
+        """Return `blocks` windows to train blocks on, drawn from all there are to train on, and the others."""
+        drawn = random.Random(seed).sample(range(self.training), self.training)
+        return drawn[:blocks], drawn[blocks:]
+
     def describe(self) -> dict[str, Any]:
         """Return what the conversion record says about the text."""
         return {

@@ -5,7 +5,8 @@ way it would have gone.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from billm_convert.block import normalize
 from billm_convert.source import ModelSource
 from billm_convert.tune_block import Rates, TunedBlock, parameter_groups
 from billm_format.config import ModelConfig
+from billm_format.errors import UsageError
 
 _WARM_UP = 0.1  # share of the steps in which the learning rates rise
 _BETAS = (0.9, 0.95)
@@ -131,17 +133,41 @@ def block_loss(source: ModelSource, layer: int, device: torch.device) -> BlockLo
 
 
 def tune_block(
-    block: TunedBlock, loss: BlockLoss, inputs: Tensor, targets: Tensor, rates: Rates, order: Sequence[Sequence[int]]
+    block: TunedBlock,
+    loss: BlockLoss,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    rates: Rates,
+    order: Sequence[Sequence[int]],
+    device: torch.device,
+    told: Callable[[float], None],
 ) -> None:
-    """Train `block` to turn inputs [windows, tokens, hidden] into targets, with the windows of a step of `order`."""
+    """Train `block` on the device to turn inputs, each [1, tokens, hidden], into targets; `order`: what a step reads.
+
+    `told` hears the share that is done.
+    """
     trainer = Trainer([block], [], rates, len(order))
-    device = next(iter(block.linears.values())).row_scale.change.device
     with torch.enable_grad():
         for windows in order:
-            chosen = list(windows)
-            output = block.forward(inputs[chosen].to(device))
-            torch.autograd.backward(loss(output, targets[chosen].to(device)))
+            read, wanted = (torch.cat([kept[i] for i in windows]).to(device) for kept in (inputs, targets))
+            torch.autograd.backward(loss(block.forward(read), wanted))
             trainer.update()
+            told(trainer.step / len(order))
+
+
+def check_finite(loss: float, where: str) -> None:
+    """Raise UsageError when a loss is not finite."""
+    if not math.isfinite(loss):
+        raise UsageError(f"training failed at {where}: the loss is not finite; take another text or another recipe")
+
+
+def reading_order(windows: Sequence[int], each: int, steps: int, seed: int) -> list[list[int]]:
+    """Return which `each` of the windows every step reads: all in a random order, then all in another."""
+    rng = random.Random(seed)
+    order: list[int] = []
+    while len(order) < steps * each:
+        order += rng.sample(windows, len(windows))
+    return [order[step * each : (step + 1) * each] for step in range(steps)]
 
 
 def logit_distance(hidden: Tensor, wanted: Tensor, head: Tensor, wanted_head: Tensor) -> tuple[float, Tensor]:

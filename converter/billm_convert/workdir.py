@@ -26,9 +26,9 @@ _TABLE = "table-{}.safetensors"
 _TEXT = "tuning-text.safetensors"
 _TRAINING = "training.safetensors"
 _BLOCK = "{}-{:05d}.safetensors"
-# block: as the solver left it; tuned: trained by itself; final: trained with the whole model (one more than there are
+# block: as the solver, and training in turn, left it; final: trained with the whole model (one more than there are
 # blocks: what belongs to none); figures: what a report draws of a block.
-Kind = Literal["block", "tuned", "final", "figures"]
+Kind = Literal["block", "final", "figures"]
 _SETS = tuple(f"{kind}-*.safetensors" for kind in get_args(Kind))
 _OURS = tuple(
     f"{name}{end}" for name in (*_SETS, _TABLE.format("*"), _TOKENS, _TEXT, _TRAINING, _STATE) for end in ("", ".tmp")

@@ -52,7 +52,7 @@ def test_hidden_states_are_where_there_is_room(
     assert hidden_place(plan, CPU) == CPU
     assert hidden_place(plan, GPU) == place
     if refusal is None:
-        check_memory(plan, GPU, place)
+        check_memory(plan, GPU, place, "give less")
     else:
         with pytest.raises(DoesNotFitError, match=refusal):
-            check_memory(plan, GPU, place)
+            check_memory(plan, GPU, place, "give less")

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from convert.hf_models import save_model, write_text
@@ -13,8 +14,8 @@ from billm_convert.block import attend
 from billm_convert.calibration import CalibrationText, choose_texts
 from billm_convert.source import open_model
 from billm_convert.tune_block import plain_attention
-from billm_convert.tune_text import draw_text
-from billm_convert.tune_train import logit_distance, product_dtype, rate_factor
+from billm_convert.tune_text import HELD_OUT, TuningText, draw_text
+from billm_convert.tune_train import logit_distance, product_dtype, rate_factor, reading_order
 from billm_format.errors import UsageError
 from billm_rt.texts import Text
 from billm_rt.tokenizer import Tokenizer
@@ -46,6 +47,17 @@ def test_rates_rise_then_fall() -> None:
         assert factors[peak:] == sorted(factors[peak:], reverse=True)
         assert all(0 < factor <= 1 for factor in factors)
     assert math.isclose(rate_factor(0, 100), 0.1)
+
+
+def test_every_window_is_read_before_any_twice(seed: int) -> None:
+    text = TuningText(np.zeros((20 + HELD_OUT, 4), np.int64))
+    blocks, model = text.split(7, seed)
+    assert len(blocks) == 7
+    assert sorted(blocks + model) == list(range(20))
+    order = reading_order(model, 2, 13, seed)
+    read = [window for step in order for window in step]
+    assert [len(step) for step in order] == [2] * 13
+    assert sorted(read[:13]) == sorted(read[13:]) == sorted(model)
 
 
 def test_products_are_made_in_a_dtype_that_the_processor_has() -> None:
