@@ -14,7 +14,7 @@ from billm_convert.tune_block import QuickBlock, Rates, TunedBlock
 from billm_convert.tune_text import TuningText
 from billm_convert.tune_train import block_loss, check_finite, product_dtype, reading_order, tune_block
 
-# Measured on SmolLM2-135M, see README.md.
+# Between those measured on SmolLM2-135M, see README.md: latents at 2 and at 5 are within 2 % of each other.
 BLOCK_RATES = Rates(latents=3.0, codes=1.5, vectors=4e-3)
 
 
