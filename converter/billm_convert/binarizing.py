@@ -83,8 +83,9 @@ class Binarizing:
                 solved, reports = self._solve(layer, groups, weights)
                 stored, errors = tuning.run(layer, solved, self._told(layer, 0.25, 0.9))
                 self._keep(layer, stored, reports, errors)
-                stream.advance(block, original, self._told(layer, 0.9, 0.95))
-                if stored is not solved:
+                changed = stored is not solved
+                stream.advance(block, original, self._told(layer, 0.9, 0.95 if changed else 1))
+                if changed:
                     weights |= stored.weights(self._device)
                     stream.retrace(block, self._told(layer, 0.95, 1))
             else:

@@ -41,7 +41,9 @@ def small(
 def test_tuning_brings_every_family_nearer_to_full_precision(
     family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=256, block_steps=6, model_steps=80))
+    options = small(
+        tmp_path, family, seed, monkeypatch, Effort(windows=256, block_steps=6, model_steps=80, step_windows=4)
+    )
     report = convert(tmp_path / "model", tmp_path / "out.billm", options)
     assert report.tuning is not None
     before, after = report.tuning["kl_before"], report.tuning["kl_after"]
@@ -78,7 +80,9 @@ def test_begins_at_the_start_to_the_byte(
 def test_the_whole_models_training_leaves_planes_and_scales(
     family: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = small(tmp_path, family, seed, monkeypatch, Effort(windows=256, block_steps=0, model_steps=40))
+    options = small(
+        tmp_path, family, seed, monkeypatch, Effort(windows=256, block_steps=0, model_steps=40, step_windows=4)
+    )
     report = convert(tmp_path / "model", tmp_path / "tuned.billm", options)
     assert report.tuning is not None
     assert report.tuning["kl_after"] < report.tuning["kl_before"]
