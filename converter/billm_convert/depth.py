@@ -34,8 +34,7 @@ def depth_errors(
         wanted = DecoderBlock(config, weights, rotary).forward(wanted)
         loss = block_loss(source, layer, hidden.device)
         for label, kind in stages.items():
-            tensors = {name: work.block_tensor(layer, name, kind) for name in work.block_names(layer, kind)}
-            stored = StoredBlock.of_tensors(config, quantization, layer, tensors).weights(hidden.device)
+            stored = StoredBlock.read(work, config, quantization, layer, kind).weights(hidden.device)
             found[label] = DecoderBlock(config, {**weights, **stored}, rotary).forward(found[label])
             errors[label].append(float(loss(found[label], wanted)))
     return errors

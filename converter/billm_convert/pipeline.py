@@ -19,6 +19,7 @@ from billm_convert.calibration import choose_texts, describe
 from billm_convert.drawing import Drawing
 from billm_convert.embedding import to_float16
 from billm_convert.head_moment import solve_tables, stored_table
+from billm_convert.job import Job
 from billm_convert.settings import (
     COL_SCALED,
     CPU_CALIBRATION,
@@ -150,8 +151,9 @@ class Conversion:
             tokens = self._tokens(work)
             if self.settings.embedding_bits == 4:
                 solve_tables(self.source, tokens, work, self.device)
-            tuning, turn = self._tuning(work)
-            blocks = Binarizing(self.source, self.quantization, self.settings, self.device, work, self._progress)
+            job = Job(self.source, self.quantization, self.settings, self.device, work, self._progress)
+            tuning, turn = self._tuning(job)
+            blocks = Binarizing(job)
             if turn or resumed < self.config.num_hidden_layers:
                 blocks.run(self._embed(work, tokens), self._batch(), self._place, turn)
             record = {
@@ -312,11 +314,11 @@ class Conversion:
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def _tuning(self, work: WorkFolder) -> tuple[Tuning | None, BlockTuning | None]:
+    def _tuning(self, job: Job) -> tuple[Tuning | None, BlockTuning | None]:
         """Return what trains the model, and what trains its blocks before that, where the recipe does."""
         if self.settings.recipe != TUNED:
             return None, None
-        tuning = Tuning(self.source, self.quantization, self.settings, self.device, work, self._progress)
+        tuning = Tuning(job)
         return tuning, tuning.blocks(lambda windows: self.drawing.tuning(windows, self._tuning_seqlen()))
 
     def _tuning_seqlen(self) -> int:

@@ -13,8 +13,6 @@ from rich.table import Table
 
 from billm_convert.settings import STAGES, CheckReport, ConvertReport, Event, LinearReport
 
-# Stages of minutes whose events have nothing to tell: where there is no bar, a line for each tenth of the work.
-_SILENT = ("sampling", "targets")
 _LEAST_SHARE = 0.01  # of the work, before its speed says anything about the rest
 
 
@@ -34,7 +32,8 @@ class Display:
             )
             self._bar = Progress(*columns, console=self._console, transient=True)
         self._stage = ""
-        self._tenths = 0  # of a silent stage
+        self._done = 0.0
+        self._tenths = 0  # of the sampling: minutes whose events have nothing to tell
         self._clock = _Clock()
 
     def __enter__(self) -> "Display":
@@ -55,7 +54,9 @@ class Display:
         if event.stage == "note":
             self._console.print(event.text, markup=False)
             return
-        if event.stage != self._stage:
+        begun = event.stage != self._stage or event.done < self._done  # text can be sampled twice in a row
+        self._done = event.done
+        if begun:
             self._stage, self._tenths = event.stage, 0
             self._clock = _Clock(event.done)
             if self._bar:
@@ -69,7 +70,7 @@ class Display:
             self._console.print(f"{STAGES[event.stage]}: {event.text}, {left}", markup=False)
         elif event.linears:
             self._console.print(block_line(event.linears, int(event.total), left), markup=False)
-        elif event.stage in _SILENT and (tenths := int(10 * event.done / event.total)) > self._tenths:
+        elif event.stage == "sampling" and (tenths := int(10 * event.done / event.total)) > self._tenths:
             self._tenths = tenths
             self._console.print(f"{STAGES[event.stage]}: {tenths}0 %, {left}", markup=False)
 

@@ -140,7 +140,7 @@ class LinearReport:
 class Event:
     """One step of progress: `done` of `total`, fractions of a block included, or something to say."""
 
-    stage: Literal["note", "sampling", "blocks", "targets", "tuning model", "writing", "checking", "drawing"]
+    stage: Literal["note", "sampling", "blocks", "tuning model", "writing", "checking", "drawing"]
     done: float = 0.0
     total: float = 0.0
     text: str = ""
@@ -151,7 +151,6 @@ class Event:
 STAGES = {
     "sampling": "sampling text",
     "blocks": "binarizing",
-    "targets": "running the full-precision model",
     "tuning model": "tuning the model",
     "writing": "writing",
     "checking": "checking",

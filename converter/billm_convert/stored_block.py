@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from billm_convert.workdir import Kind, WorkFolder
 from billm_format.config import ModelConfig, Quantization
 from billm_format.packing import PackedLinear
 
@@ -34,6 +35,14 @@ class StoredBlock:
             linears[linear] = PackedLinear(rows, cols, quantization.block_of(f"{prefix}{linear}"), **parts)
         norms = {name.removeprefix(prefix): value for name, value in tensors.items() if "norm." in name}
         return cls(linears, norms)
+
+    @classmethod
+    def read(
+        cls, work: WorkFolder, config: ModelConfig, quantization: Quantization, layer: int, kind: Kind = "block"
+    ) -> "StoredBlock":
+        """Return a layer that is finished in this form."""
+        tensors = {name: work.block_tensor(layer, name, kind) for name in work.block_names(layer, kind)}
+        return cls.of_tensors(config, quantization, layer, tensors)
 
     def tensors(self, layer: int) -> dict[str, NDArray[Any]]:
         """Return the layer's tensors under their names in the file."""

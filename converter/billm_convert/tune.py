@@ -1,6 +1,6 @@
 """The recipe "tuned": what a solver found, trained on some hundred windows of text towards the full-precision model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,13 @@ from torch import Tensor
 from billm_convert.block import Rotary, embed, finish
 from billm_convert.embedding import EmbeddingTable, to_float16
 from billm_convert.head_moment import stored_table
-from billm_convert.settings import EFFORTS, ConvertSettings, Event, Progress
-from billm_convert.source import ModelSource
-from billm_convert.stored_block import StoredBlock
+from billm_convert.job import Job
+from billm_convert.settings import EFFORTS, Event
 from billm_convert.tune_block import Rates, TunedModel
 from billm_convert.tune_blocks import BlockTuning
 from billm_convert.tune_text import TuningText
 from billm_convert.tune_train import Trainer, check_finite, logit_distance, product_dtype, reading_order
-from billm_convert.workdir import WorkFolder
-from billm_format.config import ModelConfig, Quantization
+from billm_format.config import ModelConfig
 
 MODEL_RATES = Rates(vectors=3e-3)
 _SAVE_EVERY = 20  # steps of the whole model between two savings of its state
@@ -32,25 +30,16 @@ Draw = Callable[[int], TuningText]
 class Tuning:
     """Both trainings of one model. What is finished lies in the work folder and is not done again."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        quantization: Quantization,
-        settings: ConvertSettings,
-        device: torch.device,
-        work: WorkFolder,
-        progress: Progress,
-    ) -> None:
+    def __init__(self, job: Job) -> None:
         """Do nothing yet."""
-        self._source = source
-        self._config = source.config
-        self._quantization = quantization
-        self._effort = EFFORTS[settings.effort]
-        self._seed = settings.seed
-        self._device = device
-        self._work = work
-        self._progress = progress
-        self._products = product_dtype(device)
+        self._job = job
+        self._source = job.source
+        self._config = job.source.config
+        self._effort = EFFORTS[job.settings.effort]
+        self._seed = job.settings.seed
+        self._device = job.device
+        self._work = job.work
+        self._products = product_dtype(job.device)
 
     def blocks(self, draw: Draw) -> BlockTuning | None:
         """Return what trains the blocks in turn; None where the text has been through all of them."""
@@ -110,12 +99,6 @@ class Tuning:
         self._work.save_block(layers, model.final_norm(), record, "final")
         return record
 
-    def _blocks(self) -> Iterator[StoredBlock]:
-        """Yield the blocks as the solver, and their own training, have left them."""
-        for layer in range(self._config.num_hidden_layers):
-            tensors = {name: self._work.block_tensor(layer, name) for name in self._work.block_names(layer)}
-            yield StoredBlock.of_tensors(self._config, self._quantization, layer, tensors)
-
     # --- tables ------------------------------------------------------------------------------------------------------
 
     def _rotary(self, text: TuningText) -> Rotary | None:
@@ -149,7 +132,7 @@ class Tuning:
         return value.to(self._device, self._products)
 
     def _table(self, name: str) -> EmbeddingTable:
-        return stored_table(self._source, name, self._quantization.embedding_bits, self._work)
+        return stored_table(self._source, name, self._job.quantization.embedding_bits, self._work)
 
     # --- the whole model ---------------------------------------------------------------------------------------------
 
@@ -160,7 +143,14 @@ class Tuning:
         saved every few steps, and taken up where it was saved last.
         """
         tables, rotary = self._tables(stored=True), self._rotary(text)
-        model = TunedModel(self._config, self._blocks(), tables, rotary, self._device, self._products)
+        model = TunedModel(
+            self._config,
+            map(self._job.stored, range(self._config.num_hidden_layers)),
+            tables,
+            rotary,
+            self._device,
+            self._products,
+        )
         inputs = self._first_inputs(text, stored=True)
         heads = self._head(stored=True), self._head(stored=False)
 
@@ -198,7 +188,7 @@ class Tuning:
             losses = [*losses, learn(order[trainer.step])][-_TELL_EVERY:]
             trainer.update()
             told = f"KL {sum(losses) / len(losses):.3f}" if trainer.step % _TELL_EVERY == 0 else ""
-            self._progress(Event("tuning model", trainer.step, steps, told))
+            self._job.progress(Event("tuning model", trainer.step, steps, told))
             if trainer.step % _SAVE_EVERY == 0 and trainer.step < steps:
                 self._work.save_training(trainer.state(), {"step": trainer.step, "before": before})
         return model, {"kl_before": before, "kl_after": judge()}

@@ -63,18 +63,18 @@ def test_table_has_every_linear(argv: list[str], capsys: pytest.CaptureFixture[s
 def test_a_long_stage_tells_its_tenths_where_there_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
     with Display(quiet=False) as display:
         for done in range(1, 41):
-            display.show(Event("targets", done, 40))
+            display.show(Event("sampling", done, 40))
         for done in (1, 25):
             display.show(Event("sampling", done, 100))
         display.show(Event("writing", 5, 10))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [
-        *(f"running the full-precision model: {tenths}0 %" for tenths in range(1, 11)),
+        *(f"sampling text: {tenths}0 %" for tenths in range(1, 11)),
         "sampling text: 20 %",
     ]
     assert all(line.endswith(" left") for line in lines)
     with Display(quiet=True) as display:
-        display.show(Event("targets", 20, 40))
+        display.show(Event("sampling", 20, 40))
     assert capsys.readouterr().err == ""
 
 
