@@ -199,7 +199,7 @@ def _how_to_resume(out: Path) -> str:
         return ""
     if any(work.glob("block-*")):
         return f"; finished blocks are kept in {work}: run the same command with --resume to go on"
-    return " before the first block was finished; run the same command with --resume to begin again"
+    return " before the first block was finished; run the same command with --resume to go on"
 
 
 def _judge(check: CheckReport, bound: float | None) -> None:

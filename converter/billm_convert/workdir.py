@@ -30,9 +30,8 @@ _BLOCK = "{}-{:05d}.safetensors"
 # blocks: what belongs to none); figures: what a report draws of a block.
 Kind = Literal["block", "final", "figures"]
 _SETS = tuple(f"{kind}-*.safetensors" for kind in get_args(Kind))
-_OURS = tuple(
-    f"{name}{end}" for name in (*_SETS, _TABLE.format("*"), _TOKENS, _TEXT, _TRAINING, _STATE) for end in ("", ".tmp")
-)
+_WORK = (*_SETS, _TABLE.format("*"), _TOKENS, _TEXT, _TRAINING)
+_OURS = tuple(f"{name}{end}" for name in (*_WORK, _STATE) for end in ("", ".tmp"))
 
 
 class WorkFolder:
@@ -64,8 +63,9 @@ class WorkFolder:
         return descriptor
 
     def close(self) -> None:
-        """Let go of the lock; a folder in which nothing was begun is removed."""
-        if not self._removed and not (self.path / _STATE).exists():
+        """Let go of the lock; a folder in which nothing is kept that took work is removed."""
+        begun = (self.path / _STATE).exists() and any(file for name in _WORK for file in self.path.glob(name))
+        if not self._removed and not begun:
             self.remove()
         os.close(self._lock)
 

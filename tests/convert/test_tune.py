@@ -181,6 +181,7 @@ def test_too_little_memory_is_refused_before_the_work_begins(
         DoesNotFitError, match=r"training weights [\d.]+ \+ .*training text [\d.]+\).*give .*, --effort fast, or"
     ):
         convert(tmp_path / "model", tmp_path / "out.billm", options)
+    assert not (tmp_path / "out.billm.work").exists()  # the next attempt begins as the first did
 
 
 def test_room_for_writing_text_to_train_on_is_checked_before_the_work_begins(
