@@ -133,4 +133,5 @@ class Binarizing:
         return lambda share: self._step(layer, start + (stop - start) * share)
 
     def _step(self, layer: int, share: float, linears: tuple[LinearReport, ...] = ()) -> None:
-        self._job.progress(Event("blocks", layer + share, self._config.num_hidden_layers, linears=linears))
+        then = "the whole model is tuned" if self._job.settings.recipe == "tuned" else ""
+        self._job.progress(Event("blocks", layer + share, self._config.num_hidden_layers, linears=linears, then=then))

@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--target-bits",
         type=float,
         metavar="B",
-        help="true bits per weight of the Linears: smaller blocks for the most sensitive, v_proj first, within B",
+        help="true bits per weight of the Linears: smaller blocks for the most sensitive of them, within B",
     )
     how.add_argument(
         "--max-salient",

@@ -64,6 +64,8 @@ class Display:
                     self._bar.remove_task(task)
                 self._bar.add_task(STAGES[event.stage], total=event.total, text="")
         left = self._clock.left(event.done, event.total)
+        if event.then:
+            left += f", then {event.then}"
         if self._bar:
             self._bar.update(self._bar.task_ids[-1], completed=event.done, text=f"{_where(event)}{left}")
         elif event.text:

@@ -145,6 +145,7 @@ class Event:
     total: float = 0.0
     text: str = ""
     linears: tuple[LinearReport, ...] = ()  # of the block just finished
+    then: str = ""  # what comes after this stage and takes as long
 
 
 # What is being done in a stage, as a person reads it; a note belongs to whatever is going on.

@@ -33,12 +33,17 @@ def test_the_most_sensitive_come_first_and_nothing_is_overspent(config: ModelCon
         target = least + share * (true_bits(config, all_small) - least)
         spent = spend(config, start, target + 1e-9)
         assert true_bits(config, spent) <= target + 1e-9
-        assert not spent.overrides or kinds(spent)["v_proj"] < 128
-        for kind, block in kinds(spent).items():  # every layer alike
-            assert {spent.block_of(f"layers.{i}.{kind}") for i in range(config.num_hidden_layers)} == {block}
+        assert not spent.overrides or spent.block_of("layers.0.down_proj") < 128
+        for kind in config.linears():
+            later = {spent.block_of(f"layers.{i}.{kind}") for i in range(1, config.num_hidden_layers)}
+            assert len(later) == 1  # all alike but the first
+            first = spent.block_of(f"layers.0.{kind}")
+            in_mlp = kind in ("gate_proj", "up_proj", "down_proj")
+            assert first <= min(later) if in_mlp else {first} == later
     assert kinds(spend(config, start, true_bits(config, all_small))) == dict.fromkeys(config.linears(), 32)
-    only_v = dataclasses.replace(start, overrides={name: 32 for name in linear_names(config) if "v_proj" in name})
-    assert spend(config, start, true_bits(config, only_v)).overrides == only_v.overrides
+    first = ["layers.0.down_proj", *(name for name in linear_names(config) if "v_proj" in name)]
+    two = dataclasses.replace(start, overrides=dict.fromkeys(first, 32))
+    assert spend(config, start, true_bits(config, two)).overrides == two.overrides
 
 
 def test_a_budget_that_nothing_fits_is_refused(config: ModelConfig) -> None:

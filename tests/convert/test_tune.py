@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,8 @@ def test_the_command_shows_progress_and_the_outcome(
     assert "tuned for 2 steps a block (held-out error, mean " in shown.out
     assert "), 20 of the whole model (held-out KL" in shown.out
     assert shown.err.count("tuning the model: KL ") == 4
-    assert " left" in shown.err
+    assert re.search(r"^block 2/2: .* left, then the whole model is tuned$", shown.err, re.MULTILINE)
+    assert re.search(r"^tuning the model: .* left$", shown.err, re.MULTILINE)
 
 
 def test_a_training_that_fails_says_so(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
