@@ -6,8 +6,9 @@ from billm_format.config import BLOCK_SIZES, ModelConfig, Quantization
 from billm_format.errors import UsageError
 from billm_format.layout import LINEAR_KINDS, layer_tensors, linear_names
 
-# The most harmful per weight first: by what one kind of Linear alone, in every block or in the first, does to
-# SmolLM2-135M (README.md). The first block's MLP does a tenth of all harm; v_proj is far ahead of the other kinds.
+# The most harmful per weight first, in SmolLM2-135M. Kinds: by the logarithm of the perplexity with one kind alone
+# binarized by the paper's recipe over that of full precision; v_proj is far ahead. The first block's MLP, a tenth of
+# all harm: by the KL that each of its Linears alone does by the recipe "refined" (README.md, "Also tried").
 _SENSITIVE = (
     "layers.0.down_proj",
     "v_proj",

@@ -41,8 +41,8 @@ def test_the_most_sensitive_come_first_and_nothing_is_overspent(config: ModelCon
             in_mlp = kind in ("gate_proj", "up_proj", "down_proj")
             assert first <= min(later) if in_mlp else {first} == later
     assert kinds(spend(config, start, true_bits(config, all_small))) == dict.fromkeys(config.linears(), 32)
-    first = ["layers.0.down_proj", *(name for name in linear_names(config) if "v_proj" in name)]
-    two = dataclasses.replace(start, overrides=dict.fromkeys(first, 32))
+    dearest = ["layers.0.down_proj", *(name for name in linear_names(config) if "v_proj" in name)]
+    two = dataclasses.replace(start, overrides=dict.fromkeys(dearest, 32))
     assert spend(config, start, true_bits(config, two)).overrides == two.overrides
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from convert.hf_models import save_model, write_text
 
+from billm_convert.binarizing import Binarizing
 from billm_convert.cli import build_parser, main
 from billm_convert.embedding import quantize_rows
 from billm_convert.report import Display
@@ -50,6 +51,22 @@ def test_quiet_prints_results_only(argv: list[str], capsys: pytest.CaptureFixtur
     assert captured.err == ""
     assert "bits per weight as the paper counts" in captured.out
     assert "true" in captured.out
+
+
+def test_ctrl_c_before_the_first_block_keeps_the_text(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Binarizing, "run", interrupt)
+        assert main(argv) == 130
+    said = "interrupted before the first block was finished; run the same command with --resume to go on"
+    assert said in capsys.readouterr().err
+    assert list((tmp_path / "out.billm.work").glob("tokens*"))
+    assert main([*argv, "--resume"]) == 0
+    assert "going on after 0 of 2 blocks" in capsys.readouterr().err
 
 
 def test_table_has_every_linear(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -405,15 +405,13 @@ def test_command_killed_at_random_moments_then_resumed(tmp_path: Path, seed: int
 
 
 @pytest.mark.parametrize(
-    ("moment", "calib", "said", "kept"),
+    ("moment", "calib", "said"),
     [
-        ("block 2/", None, r"interrupted; finished blocks are kept in .* with --resume to go on", True),
-        ("the model writes", "self", r"interrupted\n$", False),
+        ("block 2/", None, r"interrupted; finished blocks are kept in .* with --resume to go on"),
+        ("the model writes", "self", r"interrupted\n$"),
     ],
 )
-def test_ctrl_c_says_how_to_go_on(
-    moment: str, calib: str | None, said: str, kept: bool, tmp_path: Path, seed: int
-) -> None:
+def test_ctrl_c_says_how_to_go_on(moment: str, calib: str | None, said: str, tmp_path: Path, seed: int) -> None:
     folder, settings = small(tmp_path, "llama", seed, num_hidden_layers=30)
     out = tmp_path / "out.billm"
     read, write = os.pipe()
@@ -436,7 +434,7 @@ def test_ctrl_c_says_how_to_go_on(
     assert re.search(said, rest)
     assert "Traceback" not in rest
     assert not out.exists()
-    assert (tmp_path / "out.billm.work").is_dir() == kept
+    assert (tmp_path / "out.billm.work").is_dir() == ("kept" in said)
 
 
 def test_disk_that_is_too_small_is_refused_with_the_sum(
